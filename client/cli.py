@@ -1,0 +1,177 @@
+"""`python -m client`: generate, chat, status. The answer goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.config import SECTION, ClientConfig
+from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
+from protocol.errors import ConfigError
+from protocol.settings import load
+
+if TYPE_CHECKING:
+    from client.model import SwarmModel
+    from client.text import Sampling
+
+SAMPLING_OPTIONS = (
+    click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer, in tokens."),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0: always the likeliest token."),
+    click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens only."),
+    click.option("--top-k", type=int, default=0, show_default=True, help="Sample from so many tokens only; 0: all."),
+    click.option("--seed", type=int, default=None, help="Makes sampling repeatable."),
+)
+
+
+def sampling_options(function: Any) -> Any:
+    """The options that choose tokens."""
+    for option in reversed(SAMPLING_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="potluck")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
+def cli(verbose: int) -> None:
+    """Use a swarm: ask its model, chat with it, see how it is.
+
+    \b
+    Examples:
+      python -m client generate "What is the capital of France?"
+      python -m client chat --join /ip4/192.0.2.7/tcp/31330/p2p/Qm...
+      python -m client status --json
+    """
+    tame_libraries()
+    set_up_logging(verbose)
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
+@click.option("--num-beams", type=int, default=1, show_default=True, help="Beam search with so many beams.")
+@click.option("--stats", is_flag=True, help="Afterwards, say on stderr which peers answered and how fast.")
+@sampling_options
+@config_options(ClientConfig)
+def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any) -> None:
+    """Answer PROMPT (- reads it from stdin) and write the answer to stdout.
+
+    \b
+    Examples:
+      python -m client generate "Spell table."
+      echo "What is 17 + 25?" | python -m client generate -
+      python -m client generate --raw --temperature 0.8 "Once upon a time"
+    """
+    from client.text import answer, encode_messages, encode_text, load_tokenizer
+
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    sampling = _sampling(options, num_beams=num_beams)
+    with _model(options) as model:
+        tokenizer = load_tokenizer(model.source)
+        ids = encode_text(tokenizer, prompt) if raw else encode_messages(tokenizer, [_said("user", prompt)])
+        answer(model, tokenizer, ids, sampling, _write)
+        click.echo()
+        if stats:
+            click.echo(model.report(), err=True)
+
+
+@cli.command()
+@click.option("--system", default=None, help="What the model is told before the conversation.")
+@sampling_options
+@config_options(ClientConfig)
+def chat(system: str | None, **options: Any) -> None:
+    """Talk with the swarm's model. Ctrl-C stops an answer; /new starts over, /exit or Ctrl-D leaves.
+
+    What was said stays on the peers: each turn sends its new words only.
+    """
+    from client.text import answer, encode_messages, interruptible, load_tokenizer
+
+    sampling = _sampling(options)
+    with _model(options) as model:
+        tokenizer = load_tokenizer(model.source)
+        opening = [_said("system", system)] if system else []
+        messages = list(opening)
+        click.echo(f"{model.source.name}: Ctrl-C stops an answer; /new starts over, /exit leaves.", err=True)
+        with model.session():
+            while (line := _ask()) is not None:
+                if line == "/new":
+                    messages = list(opening)
+                elif line:
+                    messages.append(_said("user", line))
+                    with interruptible() as stop:
+                        try:
+                            ids = encode_messages(tokenizer, messages)
+                            text = answer(model, tokenizer, ids, sampling, _write, stop)
+                        except KeyboardInterrupt:
+                            messages.pop()  # nothing came of it
+                        else:
+                            messages.append(_said("assistant", text))
+                    click.echo()
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@config_options(ClientConfig)
+def status(as_json: bool, **options: Any) -> None:
+    """Show the swarm: its models, which of their blocks are served or missing, and its peers.
+
+    Exit code 0: every block of every model is served; 1: some are missing.
+    """
+    from client.status import render, summary
+    from client.swarm import Swarm
+
+    with Swarm.connect(_config(options)) as swarm:
+        found = summary(swarm.view)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        render(found)
+    sys.exit(0 if all(not model["missing"] for model in found["models"]) else 1)
+
+
+def _config(options: dict[str, Any]) -> ClientConfig:
+    return load(ClientConfig, options, section=SECTION)
+
+
+def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
+    from client.text import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return Sampling(**{name: options[name] for name in names}, **more)
+
+
+def _model(options: dict[str, Any]) -> SwarmModel:
+    from client.model import SwarmModelForCausalLM
+
+    return SwarmModelForCausalLM.from_pretrained(
+        config=_config(options), on_event=lambda text: click.echo(f"· {text}", err=True)
+    )
+
+
+def _said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _write(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _ask() -> str | None:
+    """The next line of the person; None at the end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except KeyboardInterrupt:
+            click.echo("\n/exit or Ctrl-D leaves.", err=True)
+        except EOFError:
+            return None
+        else:
+            return None if line in ("/exit", "/quit") else line

@@ -1,0 +1,54 @@
+"""What a client can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [client] table, or keywords."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from protocol.errors import ConfigError
+
+SECTION = "client"
+
+CodecName = Literal["int8", "blockwise8", "bf16", "fp16", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """How to find the swarm, and how patient to be with it.
+
+    Raises:
+        ConfigError: a time or a size is not positive.
+    """
+
+    model: str | None = field(
+        default=None, metadata={"help": "Hub id, local folder or potluck-demo; the swarm's only model if not given."}
+    )
+    join: tuple[str, ...] = field(
+        default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm; may be repeated."}
+    )
+    codec: CodecName = field(default="int8", metadata={"help": "How activations are compressed on the wire."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Number format of the embeddings and the head."}
+    )
+    device: str = field(default="cpu", metadata={"help": "Device of the embeddings and the head, e.g. cuda:0."})
+    wait_s: float = field(
+        default=60.0, metadata={"help": "Seconds to wait for blocks that no peer serves, before giving up."}
+    )
+    open_timeout_s: float = field(default=5.0, metadata={"help": "Seconds that a peer may take to open a session."})
+    step_timeout_s: float = field(default=30.0, metadata={"help": "Seconds that a peer may take for one step."})
+    avoid_s: float = field(default=30.0, metadata={"help": "Seconds that a peer which failed is avoided."})
+    refresh_s: float = field(default=15.0, metadata={"help": "Seconds between two looks at who serves what."})
+    prefill_tokens: int = field(
+        default=1024, metadata={"help": "A longer prompt travels in chunks of so many tokens (rows x tokens)."}
+    )
+    journal_mib: int = field(
+        default=256, metadata={"help": "Memory per session for what replacements of lost peers are told, in MiB."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("open_timeout_s", "step_timeout_s", "refresh_s", "prefill_tokens", "journal_mib"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("wait_s", "avoid_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}")

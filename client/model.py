@@ -1,0 +1,209 @@
+"""`SwarmModelForCausalLM`: a Hugging Face causal language model whose blocks are served by a swarm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from client.chain import Link
+from client.config import ClientConfig
+from client.remote import RemoteBlocks
+from client.swarm import Swarm
+from protocol.errors import ConfigError
+from slicing import Head, ModelSource, Progress, RemoteCache, fingerprint, load_config, load_head, n_blocks, resolve
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationSession:
+    """A conversation: what was said stays on the peers, only new tokens travel. Made by `model.session()`.
+
+    Attributes:
+        cache: the session's cache; pass it as `past_key_values` to go lower than `generate`.
+        tokens: int64 [rows, n], the tokens that the peers have, as far as `generate` made them; None before.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.cache = RemoteCache()
+        self.tokens: Tensor | None = None
+
+    def align(self, input_ids: Tensor) -> RemoteCache:
+        """The cache, cropped to what `input_ids` has in common with it; a new one where that cannot be.
+
+        At least one token is left to be sent: `generate` needs its logits.
+        """
+        kept = self.cache.n_tokens
+        if self.tokens is None or self.tokens.shape[0] != input_ids.shape[0]:
+            kept = 0
+        else:
+            kept = min(kept, _common_prefix(self.tokens, input_ids), input_ids.shape[1] - 1)
+        if kept == 0 and self.cache.n_tokens:
+            self.cache = RemoteCache()
+        elif kept < self.cache.n_tokens:
+            self.cache.crop(kept - self.cache.n_tokens)
+        return self.cache
+
+    def note(self, sequences: Tensor | None) -> None:
+        """After `generate`: the peers have all of `sequences` but its last token. None: rows were moved about."""
+        self.tokens = sequences
+        if sequences is None:
+            self.cache = RemoteCache()
+
+
+def _common_prefix(a: Tensor, b: Tensor) -> int:
+    """How many leading tokens are equal in all rows of a and b, int64 [rows, n] and [rows, m]."""
+    length = min(a.shape[1], b.shape[1])
+    equal = (a[:, :length].to(b.device) == b[:, :length]).all(dim=0)
+    return int(equal.long().cumprod(0).sum())
+
+
+class SwarmModel(Head):
+    """What `SwarmModelForCausalLM.from_pretrained` gives: an instance of the architecture's class, and of this one.
+
+    `generate`, `forward` and the rest are Hugging Face's. Use it as a context manager, or `close` it.
+    """
+
+    swarm: Swarm
+    source: ModelSource
+    blocks: RemoteBlocks
+    _owns_swarm: bool
+    _session: GenerationSession | None
+
+    @contextmanager
+    def session(self, max_tokens: int = 0) -> Iterator[GenerationSession]:
+        """Within this context `generate` goes on where it was: only tokens that the peers do not have are sent.
+
+        Args:
+            max_tokens: per row, over the whole conversation; reserved on the peers at the start. 0: as it grows.
+
+        Raises:
+            RuntimeError: a session of this model is open already.
+        """
+        if self._session is not None:
+            raise RuntimeError("a session of this model is open already; use one at a time")
+        self._session = session = GenerationSession(max_tokens)
+        try:
+            yield session
+        finally:
+            self._session = None
+            self.blocks.release(session.cache)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Hugging Face's `generate`; within `session()` it continues the session."""
+        session = self._session
+        given = inputs if inputs is not None else kwargs.get("input_ids")
+        if session is None or given is None or "past_key_values" in kwargs:
+            return super().generate(inputs, **kwargs)
+        output = super().generate(inputs, past_key_values=session.align(given), **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        session.note(sequences if self._rows_kept(sequences, given, kwargs) else None)
+        return output
+
+    def _rows_kept(self, sequences: Tensor, given: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Is row i of the peers' caches still row i of the answer? Not after beam search."""
+        config: GenerationConfig = kwargs.get("generation_config") or self.generation_config
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        return beams == 1 and sequences.shape[0] == given.shape[0]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        session = self._session
+        expected = session.max_tokens if session is not None else generation_config.max_length
+        self.blocks.expected_tokens = int(expected or 0)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @property
+    def chain(self) -> tuple[Link, ...]:
+        """The chain that answered last."""
+        return self.blocks.last_chain
+
+    def report(self) -> str:
+        """One sentence on the last answer: the chain, steps, time per step."""
+        return self.blocks.report()
+
+    def close(self) -> None:
+        """Leaves the swarm, if this model joined it by itself."""
+        if self._owns_swarm:
+            self.swarm.close()
+
+    def __enter__(self) -> SwarmModel:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class SwarmModelForCausalLM:
+    """Makes Hugging Face models whose blocks are remote; named as transformers' auto classes are."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | None = None,
+        *,
+        join: Sequence[str] = (),
+        swarm: Swarm | None = None,
+        config: ClientConfig | None = None,
+        progress: Progress | None = None,
+        on_event: Callable[[str], None] = logger.info,
+        **settings: Any,
+    ) -> SwarmModel:
+        """A model of a swarm, ready to `generate`.
+
+        Args:
+            model: hub id, local folder or potluck-demo; None: the swarm's only model.
+            join: addresses of the swarm; none: as found, see `dht.locate`.
+            swarm: a swarm that is joined already; it stays open when the model is closed.
+            config: all settings at once; or single ones as keywords (`codec="none"`, `wait_s=10`, ...).
+            progress: told as the head's tensors are read.
+            on_event: told, in one sentence, when a chain changes or when a session waits for peers.
+
+        Raises:
+            SwarmNotFound: no swarm was named or found.
+            ModelError: the model cannot be used; or none was named and the swarm has not just one.
+        """
+        try:
+            config = replace(config or ClientConfig(), **settings)
+        except TypeError as error:
+            raise ConfigError(f"unknown setting: {error}") from error
+        config = replace(config, join=tuple(join) or config.join, model=model or config.model)
+        joined = swarm or Swarm.connect(config)
+        try:
+            return _build(joined, config, progress, on_event, owns_swarm=swarm is None)
+        except BaseException:
+            if swarm is None:
+                joined.close()
+            raise
+
+
+def _build(
+    swarm: Swarm,
+    config: ClientConfig,
+    progress: Progress | None,
+    on_event: Callable[[str], None],
+    *,
+    owns_swarm: bool,
+) -> SwarmModel:
+    source = resolve(config.model or swarm.only_model())
+    dtype = None if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
+    head = load_head(source, dtype=dtype, device=config.device, progress=progress)
+    blocks = RemoteBlocks(swarm, fingerprint(source), n_blocks(load_config(source)), config, on_event)
+    head.attach(blocks)
+    # The architecture's class first in name, SwarmModel first in behaviour.
+    kind = type(head)
+    head.__class__ = type(kind.__name__, (SwarmModel, kind), {"__module__": kind.__module__})
+    model = cast(SwarmModel, head)
+    model.swarm, model.source, model.blocks = swarm, source, blocks
+    model._owns_swarm, model._session = owns_swarm, None
+    return model

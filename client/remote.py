@@ -1,0 +1,166 @@
+"""Where tensors become bytes: the blocks of a model as the head sees them, the swarm behind.
+
+Implements `slicing.Remote`. Encoding and decoding happen here, in the caller's thread, never on the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from client.chain import Link
+from client.config import ClientConfig
+from client.journal import Entry, Part
+from client.session import Session, SessionSpec
+from client.swarm import Swarm
+from protocol.errors import PeerFault
+from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
+from protocol.messages import CacheOp as WireOp
+from slicing import CacheOp, RemoteCache
+from tensor_codecs import codec, dtype_name, dtype_of
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteBlocks:
+    """All blocks of one model, served by a swarm.
+
+    Args:
+        expected_tokens: asked when a session is opened: how many tokens per row it will hold, 0 if not known.
+        on_event: told when a session's chain changes or waits.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        fingerprint: str,
+        n_blocks: int,
+        config: ClientConfig,
+        on_event: Callable[[str], None] = logger.info,
+    ) -> None:
+        self._swarm = swarm
+        self._fingerprint = fingerprint
+        self._n_blocks = n_blocks
+        self._config = config
+        self._codec = codec(config.codec)
+        self._exact = codec("none")
+        self.on_event = on_event
+        self.expected_tokens = 0
+        self.last_chain: tuple[Link, ...] = ()
+
+    def run(
+        self,
+        hidden: Tensor,
+        *,
+        cache: RemoteCache | None,
+        ops: tuple[CacheOp, ...],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        extras: dict[str, Tensor],
+    ) -> Tensor:
+        """Passes q tokens of B rows through every block; see `slicing.Remote`.
+
+        Raises:
+            BlocksMissing: some blocks have no peer.
+            PotluckError: see the error tree.
+        """
+        session = self._session(cache, rows=hidden.shape[-3])
+        start = 0 if cache is None else cache.n_tokens
+        wire_ops = _wire_ops(ops, session, start)
+        tensors = {HIDDEN: hidden, ATTENTION_MASK: attention_mask, POSITION_IDS: position_ids, **extras}
+        whole = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        outputs: list[Tensor] = []
+        try:
+            for offset, chunk in self._chunks(whole, start, stateless=cache is None):
+                entry = self._entry(chunk, start + offset, wire_ops)
+                outputs.append(self._decoded(self._swarm.call(session.step(entry)), hidden))
+                wire_ops = ()
+                if cache is not None:
+                    cache.pending.clear()  # they are done, even if a later chunk fails
+        finally:
+            self.last_chain = session.chain
+            if cache is None:
+                self._swarm.call(session.close())
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+
+    def session_of(self, cache: RemoteCache) -> Session | None:
+        """The session behind a cache, if it has begun."""
+        return cache.handle if isinstance(cache.handle, Session) else None
+
+    def release(self, cache: RemoteCache) -> None:
+        """Frees the cache's session on its peers now, rather than when the cache is forgotten."""
+        session, cache.handle = self.session_of(cache), None
+        if session is not None:
+            self._swarm.call(session.close())
+
+    def _session(self, cache: RemoteCache | None, rows: int) -> Session:
+        if cache is not None and isinstance(cache.handle, Session):
+            return cache.handle
+        spec = SessionSpec(
+            self._fingerprint,
+            self._n_blocks,
+            batch=rows,
+            max_tokens=0 if cache is None else self.expected_tokens,
+            stateless=cache is None,
+        )
+        session = Session(spec, self._swarm.peers_of(self._fingerprint), self._swarm.blame, self._config, self._event)
+        if cache is not None:
+            cache.handle = session
+            # The peers' memory is freed as soon as nobody can continue the session.
+            weakref.finalize(cache, self._swarm.close_later, session).atexit = False
+        return session
+
+    def _event(self, text: str) -> None:
+        self.on_event(text)
+
+    def _chunks(self, tensors: dict[str, Tensor], start: int, *, stateless: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """A long prompt in pieces of at most `prefill_tokens`; (offset in tokens, tensors) each."""
+        hidden = tensors[HIDDEN]
+        total = hidden.shape[-2]
+        size = total if stateless else max(1, self._config.prefill_tokens // hidden.shape[-3])
+        if size >= total:
+            yield 0, tensors
+            return
+        for offset in range(0, total, size):
+            length = min(size, total - offset)
+            piece = {
+                name: tensor[:, : start + offset + length]
+                if name == ATTENTION_MASK
+                else tensor.narrow(token_axis(name), offset, length)
+                for name, tensor in tensors.items()
+            }
+            yield offset, piece
+
+    def _entry(self, tensors: dict[str, Tensor], position: int, ops: tuple[WireOp, ...]) -> Entry:
+        hidden = tensors[HIDDEN]
+        parts = tuple(self._part(name, tensor) for name, tensor in tensors.items())
+        return Entry(position, tokens=hidden.shape[-2], rows=hidden.shape[-3], parts=parts, ops=ops)
+
+    def _part(self, name: str, tensor: Tensor) -> Part:
+        # Masks and positions must arrive as they are; what blocks compute with is compressed.
+        chosen = self._codec if tensor.is_floating_point() else self._exact
+        payload = chosen.encode(tensor)
+        spec = TensorSpec(name, chosen.name, dtype_name(tensor.dtype), tuple(tensor.shape), len(payload))
+        return Part(spec, payload)
+
+    def _decoded(self, result: StepResult, like: Tensor) -> Tensor:
+        for spec, payload in result.parts():
+            if spec.name == HIDDEN:
+                dtype = dtype_of(spec.dtype)
+                return codec(spec.codec).decode(payload, spec.shape, dtype, like.device).to(like.dtype)
+        raise PeerFault("the last peer of the chain gave no hidden states")
+
+
+def _wire_ops(ops: tuple[CacheOp, ...], session: Session, tokens: int) -> tuple[WireOp, ...]:
+    """The operations as they travel. A session that is ahead of the head (a step was given up half-way) is cropped."""
+    wire: list[WireOp] = []
+    for op in ops:
+        value = op.value
+        wire.append(WireOp(op.kind, () if value is None else value if isinstance(value, tuple) else (value,)))
+    if session.position > tokens and not any(op.kind in ("crop", "reset") for op in wire):
+        wire.append(WireOp("crop", (tokens,)))
+    return tuple(wire)

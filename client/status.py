@@ -1,0 +1,90 @@
+"""A swarm's state as plain data, and as a table."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dht.record import PeerRecord
+from dht.view import SwarmView
+
+
+def summary(view: SwarmView) -> dict[str, Any]:
+    """What `status --json` prints: models with their blocks covered and missing, and their peers. No addresses."""
+    return {
+        "as_of": view.as_of,
+        "models": [
+            {
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "n_blocks": model.n_blocks,
+                "missing": [str(span) for span in view.missing(model.fingerprint)],
+                "replicas": list(view.coverage(model.fingerprint)),
+                "peers": [_peer(peer) for peer in view.peers(model.fingerprint)],
+            }
+            for model in view.models
+        ],
+        "dropped_records": dict(view.dropped),
+    }
+
+
+def _peer(peer: PeerRecord) -> dict[str, Any]:
+    return {
+        "peer_id": peer.peer_id,
+        "public_name": peer.public_name,
+        "blocks": str(peer.span),
+        "state": peer.state,
+        "dtype": peer.dtype,
+        "step_ms": peer.step_ms,
+        "kv_tokens_left": peer.kv_tokens_left,
+        "kv_tokens_total": peer.kv_tokens_total,
+        "software": peer.software,
+        "up_s": max(0.0, time.time() - peer.started_at),
+    }
+
+
+def render(found: dict[str, Any]) -> None:
+    """The same for people."""
+    console = Console()
+    if not found["models"]:
+        console.print("This swarm serves no model. Share one with: python -m peer serve")
+    for model in found["models"]:
+        console.print(_sentence(model))
+        table = Table("peer", "blocks", f"0:{model['n_blocks']}", "state", "ms/token", "KV tokens free", "up")
+        for peer in model["peers"]:
+            step = "?" if peer["step_ms"] is None else f"{peer['step_ms']:.1f}"
+            table.add_row(
+                escape(peer["public_name"]) or f"…{peer['peer_id'][-8:]}",
+                peer["blocks"],
+                _bar(peer["blocks"], model["n_blocks"]),
+                peer["state"],
+                step,
+                f"{peer['kv_tokens_left']} of {peer['kv_tokens_total']}",
+                _duration(peer["up_s"]),
+            )
+        console.print(table)
+
+
+def _sentence(model: dict[str, Any]) -> str:
+    missing = model["missing"]
+    if missing:
+        return f"[bold]{escape(model["name"])}[/]: [red]blocks {', '.join(missing)} have no peer[/]"
+    weakest = min(model["replicas"])
+    peers = "peer" if weakest == 1 else "peers"
+    return f"[bold]{escape(model["name"])}[/]: all {model['n_blocks']} blocks are served, the weakest by {weakest} {peers}"
+
+
+def _bar(blocks: str, n_blocks: int, width: int = 24) -> str:
+    start, stop = (int(edge) * width // n_blocks for edge in blocks.split(":"))
+    return "·" * start + "█" * max(1, stop - start) + "·" * (width - max(stop, start + 1))
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds) // 60
+    if minutes < 1:
+        return f"{int(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"

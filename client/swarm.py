@@ -1,0 +1,221 @@
+"""A client's connection to a swarm: its DHT node, its view of the peers, its channels, in an event loop of its own.
+
+`Swarm.connect` starts a thread with the loop; the rest of the program is ordinary blocking code (Hugging Face's
+`generate` is), and hands coroutines over with `call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from client.blame import Blame
+from client.config import ClientConfig
+from client.session import Peers
+from dht.config import DhtConfig
+from dht.locate import locate_swarm
+from dht.node import open_node
+from dht.record import PeerRecord
+from dht.view import SwarmReader, SwarmView, reading
+from protocol.channel import open_channel
+from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
+from protocol.limits import MESSAGE_BYTES
+from protocol.settings import load
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Closable(Protocol):
+    """A session, as far as closing it is concerned."""
+
+    async def close(self) -> None: ...
+
+
+class Swarm:
+    """A joined swarm. Make one with `connect`; `close` it, or use it as a context manager."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self.blame = Blame(config.avoid_s)
+        self._config = config
+        self._reader: SwarmReader | None = None
+        self._channels: dict[tuple[str, str, bytes], grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="potluck-swarm", daemon=True)
+
+    @classmethod
+    def connect(cls, config: ClientConfig) -> Swarm:
+        """Finds and joins the swarm that `config` names, or the one that can be found.
+
+        Raises:
+            SwarmNotFound: there is none, or it does not answer.
+            ConfigError: an address is malformed.
+        """
+        swarm = cls(config)
+        swarm._thread.start()
+        try:
+            swarm._ready.result()
+        except BaseException:
+            swarm.close()
+            raise
+        return swarm
+
+    # ------------------------------------------------------------------ for blocking callers
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Runs `work` in the swarm's loop and waits for it. An interrupt of the caller cancels the work.
+
+        Raises:
+            SwarmNotFound: the swarm was closed.
+        """
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            work.close()
+            raise SwarmNotFound("this swarm connection was closed")
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close_later(self, session: Closable) -> None:
+        """Frees a session's memory on its peers soon; from any thread, never waits, never raises."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._begin_close, session)
+
+    def close(self) -> None:
+        """Leaves the swarm: ends sessions' streams, the DHT node and the thread."""
+        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def view(self) -> SwarmView:
+        """Who serves what, as last seen."""
+        assert self._reader is not None
+        return self._reader.view
+
+    def refresh(self) -> SwarmView:
+        """Looks again, now."""
+        assert self._reader is not None
+        return self.call(self._reader.refresh())
+
+    def only_model(self) -> str:
+        """The name of the one model that this swarm serves.
+
+        Raises:
+            UnknownModel: it serves none, or several: one must be named.
+        """
+        names = sorted({model.name for model in self.view.models})
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise UnknownModel("this swarm serves no model yet; name one with --model, or start a peer")
+        raise UnknownModel(f"this swarm serves {', '.join(names)}; name one of them with --model")
+
+    def peers_of(self, fingerprint: str) -> Peers:
+        """The peers of one model, and channels to them."""
+        assert self._reader is not None
+        self._reader.watch(fingerprint)
+        return _ModelPeers(self, fingerprint)
+
+    # ------------------------------------------------------------------ in the loop
+
+    async def look_again(self) -> None:
+        """Refreshes the view; a swarm that does not answer leaves it as it is."""
+        assert self._reader is not None
+        try:
+            await self._reader.refresh()
+        except SwarmNotFound as error:
+            logger.warning("%s", error)
+
+    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
+        """The channel to a peer, shared by all sessions, pinned to the certificate in its record."""
+        key = (peer.peer_id, peer.addresses[0], peer.certificate_der)
+        if key not in self._channels:
+            self._channels[key] = open_channel(
+                peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES
+            )
+        return self._channels[key]
+
+    def _begin_close(self, session: Closable) -> None:
+        task = asyncio.ensure_future(session.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=_new_loop) as runner:
+                runner.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - the thread's outer edge: whoever waits for it must hear
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            elif not isinstance(error, PotluckError):
+                logger.exception("the connection to the swarm failed")
+        finally:
+            self._loop = None
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        base = load(DhtConfig, {"join": self._config.join}, section="dht")
+        located = await locate_swarm(base)
+        async with open_node(base, None, located.maddrs) as node, reading(node) as reader:
+            self._reader = reader
+            self._loop = asyncio.get_running_loop()
+            self._ready.set_result(None)
+            await self._stop.wait()
+            self._loop = None
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=CLOSE_TIMEOUT_S)
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+
+
+class _ModelPeers:
+    """One model's peers in a swarm; what a session needs."""
+
+    def __init__(self, swarm: Swarm, fingerprint: str) -> None:
+        self._swarm = swarm
+        self._fingerprint = fingerprint
+
+    def peers(self) -> Sequence[PeerRecord]:
+        return [peer for peer in self._swarm.view.online(self._fingerprint) if peer.addresses]
+
+    async def refresh(self) -> None:
+        await self._swarm.look_again()
+
+    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
+        return self._swarm.channel(peer)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not made for Windows
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop

@@ -1,0 +1,1 @@
+"""The embedded model `potluck-demo`: its small world, tokenizer, training and evaluation."""

@@ -1,0 +1,6 @@
+"""`python -m dht`."""
+
+from dht.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="python -m dht")

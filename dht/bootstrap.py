@@ -1,0 +1,50 @@
+"""A bootstrap node: it serves no blocks, but is there for others to join through, at an address that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from dht import known_peers, lan, local_swarm
+from dht.config import DhtConfig
+from dht.locate import reachable
+from dht.maddr import Maddr
+from dht.node import SwarmNode, open_node
+from dht.view import SwarmReader
+from protocol.identity import claim_identity
+
+log = logging.getLogger(__name__)
+
+FOLDER = "bootstrap"
+
+
+async def run_bootstrap(config: DhtConfig, on_ready: Callable[[SwarmNode], None]) -> None:
+    """Run a bootstrap node until cancelled. Its identity and port are kept, so its address survives restarts.
+
+    Joins `config.join`, else nodes that it knows from earlier, so that its restart does not split the swarm; alone, it
+    is the first node of a new one. Reads the swarm now and then, to know nodes to come back through.
+
+    Raises:
+        ConfigError: the port is taken, the folder cannot be written, or an address is malformed.
+        SwarmNotFound: no node of `config.join` answers.
+    """
+    home = config.home_folder
+    async with contextlib.AsyncExitStack() as stack:
+        identity = await asyncio.to_thread(stack.enter_context, claim_identity(home / FOLDER))
+        initial = await _initial_peers(config, identity.peer_id)
+        node = await stack.enter_async_context(open_node(config, identity, initial))
+        if config.local:
+            await asyncio.to_thread(stack.enter_context, local_swarm.published(home, node.maddrs, "bootstrap"))
+        if config.lan and not config.is_loopback:
+            await stack.enter_async_context(lan.advertised(node.maddrs, config.lan_timeout_s))
+        on_ready(node)
+        await SwarmReader(node).run()
+
+
+async def _initial_peers(config: DhtConfig, own_peer_id: str) -> tuple[str, ...]:
+    if config.join or config.new_swarm:
+        return config.join
+    known = [Maddr.require(text) for text in await asyncio.to_thread(known_peers.load, config.home_folder)]
+    return await reachable((str(maddr) for maddr in known if maddr.peer_id != own_peer_id), config)

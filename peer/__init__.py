@@ -1,0 +1,1 @@
+"""Share a machine: serve a span of a model's blocks to the swarm. Knows nothing about tokens, text or sampling."""

@@ -1,0 +1,44 @@
+"""The declared KV budget: how many tokens of how many blocks the peer keeps at once. Held, never exceeded (law 5)."""
+
+from __future__ import annotations
+
+from protocol.errors import PeerFull
+
+RETRY_AFTER_S = 2.0
+
+
+class KvBudget:
+    """Counts block-tokens: one token's keys and values (or state) in one block.
+
+    Args:
+        tokens: tokens that fit when each uses all of the peer's blocks.
+        n_blocks: blocks of the peer's span.
+    """
+
+    def __init__(self, tokens: int, n_blocks: int) -> None:
+        self.tokens_total = tokens
+        self._n_blocks = n_blocks
+        self._left = tokens * n_blocks
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that still fit over the whole span."""
+        return self._left // self._n_blocks
+
+    def reserve(self, block_tokens: int) -> None:
+        """Takes `block_tokens` of the budget.
+
+        Raises:
+            PeerFull: they do not fit; nothing was taken.
+        """
+        if block_tokens > self._left:
+            raise PeerFull(
+                f"this peer's KV budget is used up: {self.tokens_left} of {self.tokens_total} tokens are left",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._left -= block_tokens
+
+    def release(self, block_tokens: int) -> None:
+        """Gives `block_tokens` back."""
+        self._left += block_tokens
+        assert self._left <= self.tokens_total * self._n_blocks, "released more than was reserved"

@@ -1,0 +1,78 @@
+"""What a peer can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [peer] table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from protocol.errors import ConfigError
+from protocol.span import Span
+
+SECTION = "peer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """How a machine is shared.
+
+    Raises:
+        ConfigError: a value is out of range, or two contradict each other.
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, local folder or potluck-demo. Not given: the swarm's only model; alone: potluck-demo."},
+    )
+    blocks: str | None = field(default=None, metadata={"help": "The blocks to serve, FIRST:END, e.g. 10:20."})
+    num_blocks: int | None = field(
+        default=None, metadata={"help": "How many blocks to serve, where the swarm is weakest. Not given: all that fit."}
+    )
+    join: tuple[str, ...] = field(
+        default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm to join; may be repeated."}
+    )
+    new_swarm: bool = field(default=False, metadata={"help": "Start a swarm of one's own, whatever could be found."})
+    host: str = field(default="0.0.0.0", metadata={"help": "Address to listen on; 127.0.0.1 for this machine only."})  # noqa: S104
+    port: int = field(default=0, metadata={"help": "Port for clients (gRPC); 0 picks a free one."})
+    dht_port: int = field(default=0, metadata={"help": "Port for the swarm (libp2p); 0 picks a free one."})
+    announce_host: str | None = field(
+        default=None, metadata={"help": "Host that others reach this peer at, if it is not the one it listens on."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Number format to compute in; auto: the checkpoint's, float32 on a CPU."}
+    )
+    kv_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens kept for all sessions together. Not given: from free memory."}
+    )
+    max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
+    max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
+    session_idle_s: float = field(default=600.0, metadata={"help": "A session without a step for so long is dropped."})
+    resume_s: float = field(
+        default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
+    )
+    threads: int | None = field(default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."})
+    public_name: str | None = field(default=None, metadata={"help": "A name to be shown on health pages."})
+    lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            Span.parse(self.blocks)
+            if self.num_blocks is not None:
+                raise ConfigError("--blocks says which blocks to serve, --num-blocks how many: give one of them")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise ConfigError(f"--num-blocks must be at least 1, not {self.num_blocks}")
+        if self.new_swarm and self.join:
+            raise ConfigError("--new-swarm and --join exclude each other")
+        for name in ("port", "dht_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        for name in ("kv_tokens", "max_sessions", "max_step_tokens", "session_idle_s", "resume_s", "threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        if self.public_name is not None and not 1 <= len(self.public_name) <= 64:
+            raise ConfigError("--public-name has 1 to 64 characters")
+
+    @property
+    def span(self) -> Span | None:
+        return None if self.blocks is None else Span.parse(self.blocks)

@@ -1,0 +1,184 @@
+"""The serving half of a peer: a loaded span behind a gRPC port. Knows nothing about the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from peer import memory
+from peer.budget import KvBudget
+from peer.compute import ComputeThread
+from peer.config import PeerConfig
+from peer.service import PeerService
+from peer.session import SessionTable
+from peer.worker import Worker
+from protocol import potluck_pb2 as pb
+from protocol import potluck_pb2_grpc as pb_grpc
+from protocol.channel import server_credentials, server_options
+from protocol.errors import ConfigError
+from protocol.identity import Identity
+from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
+from slicing import SpanModel
+from tensor_codecs import dtype_name, names
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 5.0  # between two looks for sessions to reclaim
+STOP_GRACE_S = 1.0  # for steps under way when the port closes
+PROBE_TOKENS = 8
+MEASURED_STEPS = 5
+HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
+MAX_STREAMS = 1024
+
+SOFTWARE = f"potluck/{version('potluck')}"
+
+
+@asynccontextmanager
+async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` beside the body, and ends it with the body. Unlike in a TaskGroup the body's errors stay as they are."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is served, as names: of the model, its fingerprint, and where it may be cut."""
+
+    model: str
+    fingerprint: str
+    n_blocks: int
+    legal_cuts: tuple[int, ...]
+
+
+class SpanHost:
+    """A loaded span, its sessions, its compute thread and its gRPC server. Make one with `open`."""
+
+    def __init__(self, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, kv_tokens: int) -> None:
+        self.model = model
+        self.served = served
+        self.identity = identity
+        self.state = "joining"
+        self.port = 0
+        self.step_ms: float | None = None
+        self.budget = KvBudget(kv_tokens, len(model.span))
+        self.sessions = SessionTable(
+            model,
+            served.fingerprint,
+            self.budget,
+            max_sessions=config.max_sessions,
+            idle_s=config.session_idle_s,
+            resume_s=config.resume_s,
+        )
+        self._config = config
+        self._compute = ComputeThread(config.threads)
+        worker = Worker(model, self.sessions, names(), config.max_step_tokens)
+        self.service = PeerService(self._describe, self.sessions, worker, self._compute, self._max_payload_bytes())
+        self._server: grpc.aio.Server | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, model: SpanModel, served: Served, identity: Identity, config: PeerConfig
+    ) -> AsyncIterator[SpanHost]:
+        """A host that listens at `config.host`:`config.port`; closes the port and ends the thread on exit.
+
+        Raises:
+            ConfigError: the port is taken, or the address is not this machine's.
+        """
+        per_token = await asyncio.to_thread(probe_kv_bytes, model)
+        kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
+        host = cls(model, served, identity, config, kv_tokens)
+        try:
+            await host._listen()
+            host.step_ms = await host._measure()
+            async with background(host._sweep()):
+                yield host
+        finally:
+            await host._stop()
+            host._compute.close()
+
+    def drain(self) -> None:
+        """From now on: no new sessions."""
+        self.state = "draining"
+        self.sessions.draining = True
+
+    async def _listen(self) -> None:
+        self._server = grpc.aio.server(options=server_options(MESSAGE_BYTES), maximum_concurrent_rpcs=MAX_STREAMS)
+        pb_grpc.add_PeerServicer_to_server(self.service, self._server)
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        address = f"{host}:{self._config.port}"
+        try:
+            self.port = self._server.add_secure_port(address, server_credentials(self.identity))
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen at {address}: is another program using it? choose another --port") from error
+        await self._server.start()
+
+    async def _stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if dropped := self.sessions.reclaim(time.monotonic()):
+                logger.info("reclaimed %d idle sessions", dropped)
+
+    async def _measure(self) -> float:
+        """Milliseconds of a one-token step through the whole span, the best of a few."""
+        return await self._compute.run(_step_ms, self.model)
+
+    def _max_payload_bytes(self) -> int:
+        bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
+        return min(PAYLOAD_BYTES, int(self._config.max_step_tokens * bytes_per_token) + MESSAGE_BYTES)
+
+    def _describe(self) -> pb.Description:
+        return pb.Description(
+            wire_version=WIRE_VERSION,
+            software=SOFTWARE,
+            peer_id=self.identity.peer_id,
+            fingerprint=self.served.fingerprint,
+            model=self.served.model,
+            start=self.model.span.start,
+            stop=self.model.span.stop,
+            n_blocks=self.served.n_blocks,
+            legal_cuts=self.served.legal_cuts,
+            dtype=dtype_name(self.model.dtype),
+            codecs=names(),
+            max_session_tokens=self.budget.tokens_total,
+            kv_tokens_total=self.budget.tokens_total,
+            kv_tokens_left=self.budget.tokens_left,
+            state=self.state,
+            max_step_tokens=self._config.max_step_tokens,
+        )
+
+
+def probe_kv_bytes(model: SpanModel) -> int:
+    """Bytes of cache per token over the whole span, by running a few tokens."""
+    cache = model.new_cache()
+    hidden, extras = model.example_inputs(PROBE_TOKENS)
+    model.step(hidden, cache, extras=extras)
+    return max(1, cache.nbytes() // PROBE_TOKENS)
+
+
+def _step_ms(model: SpanModel) -> float:
+    hidden, extras = model.example_inputs(1)
+    cache = model.new_cache()
+    times_s: list[float] = []
+    for _ in range(MEASURED_STEPS):
+        started_s = time.perf_counter()
+        model.step(hidden, cache, extras=extras)
+        times_s.append(time.perf_counter() - started_s)
+    return min(times_s) * 1e3

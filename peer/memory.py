@@ -1,0 +1,29 @@
+"""How much memory there is, and what fits into it."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+KV_SHARE = 0.25  # of the memory that is free after loading
+KV_TOKENS_MAX = 1 << 20
+KV_TOKENS_MIN = 512
+WEIGHTS_SHARE = 0.6  # of the free memory, when the span's length is chosen by it
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device; of the machine for a CPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
+
+
+def kv_tokens(free: int, bytes_per_token: int) -> int:
+    """Tokens of KV cache for all sessions together: a share of what is free, within sane bounds."""
+    return max(KV_TOKENS_MIN, min(KV_TOKENS_MAX, int(free * KV_SHARE) // max(1, bytes_per_token)))
+
+
+def blocks_that_fit(free: int, bytes_per_block: int, n_blocks: int) -> int:
+    """How many blocks' weights to load, leaving room for caches."""
+    return max(1, min(n_blocks, int(free * WEIGHTS_SHARE) // max(1, bytes_per_block)))

@@ -1,0 +1,1 @@
+"""The `potluck` command: all verbs in one place."""

@@ -1,0 +1,1 @@
+"""What is said on the wire, and who says it: messages, frames, errors, identity. Knows nothing about tensors' values."""

@@ -1,0 +1,88 @@
+"""gRPC credentials and channels: TLS pinned to the certificate in a peer's record, explicit limits, keepalive.
+
+Fork rule (measured, transport.md section 1): gRPC must never be used in a child forked from a process that has used it
+(it aborts or hangs). Potluck forks nothing: the DHT runs in our own loop, workers are threads or spawned processes.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost
+from protocol.identity import Identity, common_name, load_certificate
+
+KEEPALIVE_EVERY_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 5_000
+"""A dead TCP connection is noticed after at most 15 s without traffic; steps have their own, shorter, deadlines."""
+MIN_PING_GAP_MS = 5_000
+"""Below what clients send: a stricter server would end their connections with `too_many_pings`."""
+RECONNECT_MIN_MS = 100
+RECONNECT_MAX_MS = 2_000
+
+Option = tuple[str, int | str]
+
+
+def server_credentials(identity: Identity) -> grpc.ServerCredentials:
+    """TLS as `identity`. Clients stay anonymous: what they may do follows from session and edge tokens."""
+    return grpc.ssl_server_credentials([(identity.tls_key_pem, identity.certificate_pem)])
+
+
+def server_options(max_message_bytes: int) -> list[Option]:
+    """Options of `grpc.aio.server` that match `open_channel`."""
+    return [
+        *_shared_options(max_message_bytes),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_GAP_MS),
+        ("grpc.so_reuseport", 0),  # else a second server on the same port would silently take half the connections
+    ]
+
+
+def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int) -> grpc.aio.Channel:
+    """A channel to `address` (`host:port` or `[v6]:port`) that only the holder of the certificate's key can answer.
+
+    Connects at the first call. With another certificate at the address every call fails at once with UNAVAILABLE,
+    which `peer_error` makes a `PeerLost`.
+
+    Raises:
+        BadRecord: the certificate does not parse.
+    """
+    name = common_name(load_certificate(certificate_der))
+    pem = ssl.DER_cert_to_PEM_cert(certificate_der).encode()
+    options: list[Option] = [
+        *_shared_options(max_message_bytes),
+        ("grpc.ssl_target_name_override", name),
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
+        ("grpc.min_reconnect_backoff_ms", RECONNECT_MIN_MS),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+        ("grpc.enable_http_proxy", 0),  # peers are dialled directly, whatever the environment says of proxies
+        ("grpc.enable_retries", 0),  # re-sending is the session's business: it knows which steps were applied
+        ("grpc.service_config_disable_resolution", 1),
+    ]
+    credentials = grpc.ssl_channel_credentials(root_certificates=pem)
+    return grpc.aio.secure_channel(f"dns:///{address}", credentials, options=options)
+
+
+def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerError | BadMessage:
+    """What a failed call means, where the peer did not send an error of its own."""
+    detail = f"{error.code().name.lower().replace('_', ' ')}: {error.details() or 'no details'}"
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return PeerFull(f"the peer refused: {detail}", peer_id=peer_id)
+    if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED):
+        return BadMessage(f"the peer did not understand: {detail}", peer_id=peer_id)
+    if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        return PeerFault(f"the peer failed: {detail}", peer_id=peer_id)
+    return PeerLost(f"the peer is lost: {detail}", peer_id=peer_id)
+
+
+def _shared_options(max_message_bytes: int) -> Sequence[Option]:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_EVERY_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    )

@@ -1,0 +1,157 @@
+"""Framing: steps and results cut into gRPC messages of at most one chunk each, and put together again. No I/O.
+
+A step's first message holds its header and the first chunk of its payload, `More` messages hold the rest. A decode
+step is one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from protocol import potluck_pb2 as pb
+from protocol.errors import BadMessage
+from protocol.limits import CHUNK_BYTES
+from protocol.messages import Close, Failure, Notice, Open, Opened, Step, StepResult, check_tensors
+
+Request = Open | Step | Close
+Reply = Opened | StepResult | Failure | Notice
+
+
+def step_frames(step: Step) -> Iterator[pb.InferRequest]:
+    """The gRPC messages of a step, in order."""
+    payload = step.payload
+    yield pb.InferRequest(step=step.header(), chunk=payload[:CHUNK_BYTES])
+    for offset in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
+        yield pb.InferRequest(more=pb.More(), chunk=payload[offset : offset + CHUNK_BYTES])
+
+
+def result_frames(result: StepResult) -> Iterator[pb.InferReply]:
+    """The gRPC messages of a step's result, in order."""
+    payload = result.payload
+    yield pb.InferReply(result=result.header(), chunk=payload[:CHUNK_BYTES])
+    for offset in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
+        yield pb.InferReply(more=pb.More(), chunk=payload[offset : offset + CHUNK_BYTES])
+
+
+class _Header(Protocol):
+    payload_bytes: int
+
+
+class _Gather:
+    """Collects the chunks of one payload. Holds what has arrived, never more than the header declared."""
+
+    def __init__(self, header: _Header, chunk: bytes) -> None:
+        self.header = header
+        self._chunks = [chunk]
+        self._missing = header.payload_bytes - len(chunk)
+        self._check(chunk)
+
+    def add(self, chunk: bytes) -> None:
+        if not chunk:
+            raise BadMessage("an empty continuation")
+        self._chunks.append(chunk)
+        self._missing -= len(chunk)
+        self._check(chunk)
+
+    def _check(self, chunk: bytes) -> None:
+        if len(chunk) > CHUNK_BYTES or self._missing < 0:
+            raise BadMessage("more payload than announced")
+
+    def payload(self) -> bytes | None:
+        """The whole payload, or None while chunks are missing."""
+        if self._missing:
+            return None
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+
+
+class RequestAssembler:
+    """Turns the gRPC messages of a client into requests.
+
+    Args:
+        max_payload_bytes: a larger step is refused by its header, before its chunks are kept.
+    """
+
+    def __init__(self, max_payload_bytes: int) -> None:
+        self._max_payload_bytes = max_payload_bytes
+        self._gather: _Gather | None = None
+
+    def feed(self, message: pb.InferRequest) -> Request | None:
+        """The request that `message` completes, or None while its payload is incomplete.
+
+        Raises:
+            WireError: the message is malformed, too large, or out of order.
+        """
+        kind = message.WhichOneof("kind")
+        if self._gather is not None:
+            if kind != "more":
+                raise BadMessage(f"a {kind} inside the payload of a step")
+            self._gather.add(message.chunk)
+            return self._finish()
+        if kind == "step":
+            if message.step.payload_bytes > self._max_payload_bytes:
+                raise BadMessage(
+                    f"a step of {message.step.payload_bytes} bytes; this peer takes {self._max_payload_bytes} at most: "
+                    "send the prompt in smaller chunks"
+                )
+            check_tensors(message.step.tensors, message.step.payload_bytes)
+            self._gather = _Gather(message.step, message.chunk)
+            return self._finish()
+        if kind == "open":
+            return Open.from_proto(message.open)
+        if kind == "close":
+            return Close()
+        raise BadMessage("an empty or unknown request" if kind is None else f"a {kind} out of order")
+
+    def _finish(self) -> Step | None:
+        assert self._gather is not None
+        payload = self._gather.payload()
+        if payload is None:
+            return None
+        header, self._gather = self._gather.header, None
+        assert isinstance(header, pb.Step)
+        return Step.from_proto(header, payload)
+
+
+class ReplyAssembler:
+    """Turns the gRPC messages of a peer into replies; the mirror image of `RequestAssembler`."""
+
+    def __init__(self, max_payload_bytes: int) -> None:
+        self._max_payload_bytes = max_payload_bytes
+        self._gather: _Gather | None = None
+
+    def feed(self, message: pb.InferReply) -> Reply | None:
+        """The reply that `message` completes, or None while its payload is incomplete.
+
+        Raises:
+            WireError: the message is malformed, too large, or out of order.
+        """
+        kind = message.WhichOneof("kind")
+        if kind == "failure":
+            self._gather = None
+            return Failure.from_proto(message.failure)
+        if kind == "notice":
+            return Notice(message.notice.state, message.notice.expected_ms)
+        if self._gather is not None:
+            if kind != "more":
+                raise BadMessage(f"a {kind} inside the payload of a result")
+            self._gather.add(message.chunk)
+            return self._finish()
+        if kind == "result":
+            if message.result.payload_bytes > self._max_payload_bytes:
+                raise BadMessage(f"a result of {message.result.payload_bytes} bytes, larger than asked for")
+            check_tensors(message.result.tensors, message.result.payload_bytes)
+            self._gather = _Gather(message.result, message.chunk)
+            return self._finish()
+        if kind == "opened":
+            return Opened.from_proto(message.opened)
+        raise BadMessage("an empty or unknown reply" if kind is None else f"a {kind} out of order")
+
+    def _finish(self) -> StepResult | None:
+        assert self._gather is not None
+        payload = self._gather.payload()
+        if payload is None:
+            return None
+        header, self._gather = self._gather.header, None
+        assert isinstance(header, pb.StepResult)
+        return StepResult.from_proto(header, payload)

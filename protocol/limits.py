@@ -1,0 +1,19 @@
+"""Every limit on what crosses the wire, in one place. Checked before memory is taken (law 4)."""
+
+from __future__ import annotations
+
+WIRE_VERSION = 1
+
+CHUNK_BYTES = 1 << 20  # payload bytes of one gRPC message
+MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)  # a whole gRPC message: header and one chunk
+HEADER_BYTES = 48 << 10  # a step's header: tensor descriptions and cache operations
+PAYLOAD_BYTES = 256 << 20  # one step's payload over all its chunks
+
+SESSION_ID_BYTES = 16
+MAX_TENSORS = 512  # parts of one step; a replay brings the parts of many steps
+MAX_DIMS = 5
+MAX_DIM = 1 << 24
+MAX_BATCH = 1024  # rows of one session
+MAX_CACHE_OPS = 32
+MAX_NAME_CHARS = 64
+MAX_ERROR_CHARS = 2000

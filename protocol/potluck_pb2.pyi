@@ -1,0 +1,229 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("wire_version",)
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    def __init__(self, wire_version: _Optional[int] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("wire_version", "software", "peer_id", "fingerprint", "model", "start", "stop", "n_blocks", "legal_cuts", "dtype", "codecs", "max_session_tokens", "kv_tokens_total", "kv_tokens_left", "state", "max_step_tokens")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    N_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LEGAL_CUTS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    software: str
+    peer_id: str
+    fingerprint: str
+    model: str
+    start: int
+    stop: int
+    n_blocks: int
+    legal_cuts: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    max_session_tokens: int
+    kv_tokens_total: int
+    kv_tokens_left: int
+    state: str
+    max_step_tokens: int
+    def __init__(self, wire_version: _Optional[int] = ..., software: _Optional[str] = ..., peer_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., n_blocks: _Optional[int] = ..., legal_cuts: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., max_session_tokens: _Optional[int] = ..., kv_tokens_total: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., state: _Optional[str] = ..., max_step_tokens: _Optional[int] = ...) -> None: ...
+
+class PingRequest(_message.Message):
+    __slots__ = ("payload",)
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    def __init__(self, payload: _Optional[bytes] = ...) -> None: ...
+
+class PingReply(_message.Message):
+    __slots__ = ("payload", "kv_tokens_left", "sessions", "queue")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    kv_tokens_left: int
+    sessions: int
+    queue: int
+    def __init__(self, payload: _Optional[bytes] = ..., kv_tokens_left: _Optional[int] = ..., sessions: _Optional[int] = ..., queue: _Optional[int] = ...) -> None: ...
+
+class InferRequest(_message.Message):
+    __slots__ = ("open", "step", "close", "more", "chunk")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    step: Step
+    close: Close
+    more: More
+    chunk: bytes
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class InferReply(_message.Message):
+    __slots__ = ("opened", "result", "failure", "more", "notice", "chunk")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    result: StepResult
+    failure: Failure
+    more: More
+    notice: Notice
+    chunk: bytes
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class More(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("wire_version", "session_id", "epoch", "fingerprint", "start", "stop", "codec", "batch", "max_tokens", "resume", "stateless")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    STATELESS_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    session_id: bytes
+    epoch: int
+    fingerprint: str
+    start: int
+    stop: int
+    codec: str
+    batch: int
+    max_tokens: int
+    resume: bool
+    stateless: bool
+    def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype")
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    next_step: int
+    tokens: int
+    kv_tokens_left: int
+    dtype: str
+    def __init__(self, next_step: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "codec", "dtype", "shape", "nbytes", "keep")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    codec: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    nbytes: int
+    keep: int
+    def __init__(self, name: _Optional[str] = ..., codec: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ..., keep: _Optional[int] = ...) -> None: ...
+
+class CacheOp(_message.Message):
+    __slots__ = ("kind", "values")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    values: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kind: _Optional[str] = ..., values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("epoch", "step_id", "position", "ops", "tensors", "payload_bytes", "want_result")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    OPS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WANT_RESULT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    position: int
+    ops: _containers.RepeatedCompositeFieldContainer[CacheOp]
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    payload_bytes: int
+    want_result: bool
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., ops: _Optional[_Iterable[_Union[CacheOp, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., want_result: _Optional[bool] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("epoch", "step_id", "tensors", "payload_bytes", "queue_ms", "compute_ms", "kv_tokens_left")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    payload_bytes: int
+    queue_ms: float
+    compute_ms: float
+    kv_tokens_left: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., kv_tokens_left: _Optional[int] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("state", "expected_ms")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    expected_ms: float
+    def __init__(self, state: _Optional[str] = ..., expected_ms: _Optional[float] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message", "retryable", "retry_after_s", "peer_id", "step_id", "fatal")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRYABLE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    FATAL_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    retryable: bool
+    retry_after_s: float
+    peer_id: str
+    step_id: int
+    fatal: bool
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., retry_after_s: _Optional[float] = ..., peer_id: _Optional[str] = ..., step_id: _Optional[int] = ..., fatal: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,73 @@
+"""Cut any Hugging Face causal language model into spans of blocks, and run them apart.
+
+| for | there is |
+|---|---|
+| finding a model | `resolve` -> `ModelSource` |
+| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `legal_cuts`, `check_span`, `fingerprint` |
+| a peer | `load_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
+| a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
+
+Names are imported on first use: what only concerns files and cuts does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slicing.cache import CacheOp, SpanCache
+    from slicing.config import hidden_size, load_config, model_class, n_blocks
+    from slicing.cuts import check_architecture, check_span, legal_cuts, nearest_spans
+    from slicing.fingerprints import block_digests, fingerprint
+    from slicing.head import Head, Remote, RemoteCache, load_head
+    from slicing.loading import LoadReport, Progress
+    from slicing.source import ModelSource, resolve
+    from slicing.span_model import SpanModel, load_span
+
+__all__ = [
+    "CacheOp",
+    "Head",
+    "LoadReport",
+    "ModelSource",
+    "Progress",
+    "Remote",
+    "RemoteCache",
+    "SpanCache",
+    "SpanModel",
+    "block_digests",
+    "check_architecture",
+    "check_span",
+    "fingerprint",
+    "hidden_size",
+    "legal_cuts",
+    "load_config",
+    "load_head",
+    "load_span",
+    "model_class",
+    "n_blocks",
+    "nearest_spans",
+    "resolve",
+]
+
+_HOME = {
+    "slicing.cache": ("CacheOp", "SpanCache"),
+    "slicing.config": ("hidden_size", "load_config", "model_class", "n_blocks"),
+    "slicing.cuts": ("check_architecture", "check_span", "legal_cuts", "nearest_spans"),
+    "slicing.fingerprints": ("block_digests", "fingerprint"),
+    "slicing.head": ("Head", "Remote", "RemoteCache", "load_head"),
+    "slicing.loading": ("LoadReport", "Progress"),
+    "slicing.source": ("ModelSource", "resolve"),
+    "slicing.span_model": ("SpanModel", "load_span"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,108 @@
+"""A model's configuration, and what slicing needs to know of it: its class, its number of blocks, their width."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+from protocol.errors import BrokenCheckpoint, ModelError, NoBlockStack, RemoteCodeRefused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from slicing.source import ModelSource
+
+
+def read_config(source: ModelSource) -> dict[str, Any]:
+    """config.json as it is written, without any default that a version of transformers would add.
+
+    Raises:
+        BrokenCheckpoint: it is not a JSON object.
+        UnknownModel: the hub cannot be reached.
+    """
+    try:
+        raw = json.loads(source.file("config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenCheckpoint(f"config.json of {source.name!r} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise BrokenCheckpoint(f"config.json of {source.name!r} is not a JSON object")
+    return raw
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration as transformers' own class for the architecture.
+
+    Raises:
+        RemoteCodeRefused: only code that came with the weights could run the model.
+        ModelError: this transformers does not know the architecture, or does not accept the configuration.
+        BrokenCheckpoint, UnknownModel: see `read_config`.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    raw = read_config(source)
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise RemoteCodeRefused(
+                f"model {source.name!r} (model_type {model_type!r}) needs trust_remote_code: it runs only with Python "
+                "code that came with its weights, and Potluck never runs such code; use a model of an architecture "
+                f"that transformers {transformers.__version__} has itself"
+            )
+        raise ModelError(
+            f"transformers {transformers.__version__} knows no architecture {model_type!r} (model {source.name!r}); "
+            "a newer one may"
+        )
+    # A model with code of its own *and* a native class (auto_map beside a known model_type) runs with the native one.
+    folder = source.file("config.json").parent
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"transformers does not accept config.json of {source.name!r}: {error}") from error
+    # transformers writes the folder here, which says nothing on another machine
+    config.name_or_path = source.name
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model {source.name!r} is stored quantised, which Potluck cannot load yet; name one that is not"
+        )
+    return cast("PreTrainedConfig", config)
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a composite (vision, audio) configuration that shapes the decoder; a plain one as it is."""
+    return config.get_text_config(decoder=True)
+
+
+def n_blocks(config: PreTrainedConfig) -> int:
+    """How many decoder blocks the model has.
+
+    Raises:
+        NoBlockStack: the configuration does not say.
+    """
+    n = getattr(text_config(config), "num_hidden_layers", None)
+    if not isinstance(n, int) or n < 1:
+        raise NoBlockStack(f"architecture {config.model_type!r} has no stack of decoder blocks to slice")
+    return n
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """The width H of the hidden states between blocks."""
+    return cast(int, text_config(config).hidden_size)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal LM class of the architecture; for composite ones that have none, the image-text-to-text class.
+
+    Raises:
+        NoBlockStack: an encoder, an encoder-decoder, or anything else that does not generate text left to right.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    if not getattr(config, "is_encoder_decoder", False):
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+            if type(config) in mapping:
+                found = mapping[type(config)]
+                return cast("type[PreTrainedModel]", found[0] if isinstance(found, tuple | list) else found)
+    raise NoBlockStack(
+        f"architecture {config.model_type!r} has no stack of decoder blocks to slice: it is no decoder-only text model"
+    )

@@ -1,0 +1,351 @@
+"""The client's side: a Hugging Face model whose blocks are elsewhere.
+
+`load_head` gives the model's own class with every block a hole, but for block 0, which hands the hidden states to a
+`Remote` and gives on what comes back. Embeddings, final norm and LM head are here, and so is everything that
+`generate` does: transformers' code for it runs unmodified. It sees a `RemoteCache`, which counts tokens and turns what
+`generate` does to a cache (crop, reorder, ...) into `CacheOp`s that ride on the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from protocol.errors import ModelError, PeerFault
+from slicing.cache import CacheOp
+from slicing.config import load_config, model_class, text_config
+from slicing.cuts import check_architecture
+from slicing.loading import LoadReport, Progress, load
+from slicing.skeleton import (
+    BlockStack,
+    Hole,
+    find_block_stack,
+    forward_parameters,
+    holed_class,
+    punch_holes,
+)
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
+
+    from slicing.source import ModelSource
+
+    class _HeadBase(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
+        """What a head is besides: an instance of the architecture's own class."""
+else:
+    _HeadBase = object
+
+_OTHER_THAN_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features")
+"""How the inputs of composite models begin that are not text."""
+
+
+class Remote(Protocol):
+    """All blocks of the model, somewhere else."""
+
+    def run(
+        self,
+        hidden: Tensor,
+        *,
+        cache: RemoteCache | None,
+        ops: tuple[CacheOp, ...],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        extras: dict[str, Tensor],
+    ) -> Tensor:
+        """Pass q tokens of B rows through every block; blocks the caller until the result is there.
+
+        Where this raises, the head's forward raises the same, and `cache` still holds `ops` for another try.
+
+        Args:
+            hidden: [..., B, q, H], the head's dtype, on its device.
+            cache: the session, of which `cache.n_tokens` tokens are done; None for a pass without memory.
+            ops: to be done to the session's cache first, in this order.
+            attention_mask: bool [B, n + q] where a row has padding, else None. n is the number of tokens after `ops`.
+            position_ids: where they are not n, n + 1, ..., or where there is padding; [1 or B, q]. Else None.
+            extras: the tensors by name that the architecture's blocks need beside the hidden states.
+
+        Returns:
+            hidden states after the last block: shape, dtype and device of `hidden`.
+        """
+        ...
+
+
+class RemoteCache(Cache):
+    """What `generate` takes for a cache: it counts tokens, and notes operations for the peers, where the states are.
+
+    Pass it as `past_key_values` (mamba: `cache_params`) again to go on with a conversation: only new tokens are sent.
+
+    Attributes:
+        n_tokens: tokens that the peers will have in their caches once `pending` is done.
+        pending: operations that ride on the next step.
+        handle: the Remote's own, e.g. its session; None until it sets it.
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self.pending: list[CacheOp] = []
+        self.handle: object | None = None
+        super().__init__(layers=[cast(Any, _RemoteLayer(self))])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """transformers' convention: `tokens_to_remove` is minus the number of tokens to forget, the last ones."""
+        if not -self.n_tokens <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"{-tokens_to_remove} of {self.n_tokens} tokens cannot be cropped; pass minus their number"
+            )
+        self.n_tokens += int(tokens_to_remove)
+        if self.pending and self.pending[-1].kind == "crop":
+            self.pending.pop()
+        self.pending.append(CacheOp("crop", self.n_tokens))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.pending.append(CacheOp("reorder", tuple(beam_idx.tolist())))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.pending.append(CacheOp("repeat", int(repeats)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.pending.append(CacheOp("select", tuple(indices.tolist())))
+
+    def activate_past_recording(self) -> None:
+        self.pending.append(CacheOp("record_past"))
+
+    def reset(self) -> None:
+        self.pending.append(CacheOp("reset"))
+        self.n_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.n_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.n_tokens + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.n_tokens > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("a RemoteCache cannot be copied: its states are on the peers")
+
+
+class _RemoteLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
+    """The one layer of a RemoteCache, for code that looks at `cache.layers`."""
+
+    def __init__(self, cache: RemoteCache) -> None:
+        cast(Any, super()).__init__()
+        self._cache = cache
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self._cache.n_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.n_tokens + query_length, 0
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("a remote cache holds no states")
+
+
+class RemoteStack(Hole):
+    """Block 0 of a head: all blocks, through a Remote."""
+
+    def __init__(self, replaced: nn.Module, stack: BlockStack) -> None:
+        super().__init__(replaced, returns_tuple=stack.returns_tuple)
+        self.remote: Remote | None = None
+        self._outer: dict[str, Any] = {}
+        self._call: dict[str, Any] = {}
+        self._extras: dict[str, Tensor] = {}
+
+    def begin(self, call: dict[str, Any]) -> None:
+        """Note the arguments of the decoder's forward that is about to reach this block."""
+        self._call = call
+        self._extras = {}
+
+    def begin_outer(self, call: dict[str, Any]) -> None:
+        """Note the arguments of the whole model's forward, of which the decoder's is a part."""
+        self._outer = call
+
+    def add_extra(self, name: str, tensor: Tensor) -> None:
+        self._extras[name] = tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.remote is None:
+            raise RuntimeError("this head has no blocks yet: call attach(remote) first")
+        cache = _remote_cache(self._call)
+        mask = _padding_mask(self._call.get("attention_mask"), self._outer)
+        output = self.remote.run(
+            hidden,
+            cache=cache,
+            ops=tuple(cache.pending) if cache is not None else (),
+            attention_mask=mask,
+            position_ids=_odd_positions(self._call.get("position_ids"), cache, mask),
+            extras=self._extras,
+        )
+        if output.shape != hidden.shape or output.dtype != hidden.dtype:
+            raise PeerFault(f"the chain gave {tuple(output.shape)} of {output.dtype} for {tuple(hidden.shape)}")
+        if cache is not None:
+            cache.pending.clear()
+            cache.n_tokens += hidden.shape[-2]
+        return (output, None) if self.returns_tuple else output
+
+
+class Head(_HeadBase):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
+    """Mixed into the architecture's class by `load_head`: use it like any Hugging Face model, after `attach`."""
+
+    _remote_stack: RemoteStack
+    report: LoadReport
+
+    def attach(self, remote: Remote) -> None:
+        """Use these blocks from now on."""
+        self._remote_stack.remote = remote
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[Any, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Called by `generate`, to put a cache into `model_kwargs`: ours, whatever `cache_implementation` says."""
+        name = "cache_params" if "cache_params" in forward_parameters(self) else "past_key_values"
+        cache = model_kwargs.get(name)
+        if cache is None and generation_config.use_cache is not False:
+            cache = model_kwargs[name] = RemoteCache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        elif cache is not None:
+            cache._is_user_defined = True
+
+
+def load_head(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Head:
+    """The model without its blocks: embeddings, final norm, LM head, generation. Give it blocks with `attach`.
+
+    Args:
+        dtype: of weights and hidden states; None: the model's own.
+        progress: told as tensors are read.
+
+    Returns:
+        an instance of the architecture's own class (`LlamaForCausalLM`, ...), which is a `Head` too, in eval mode.
+
+    Raises:
+        NoBlockStack, RemoteCodeRefused, ModelError: the architecture cannot be sliced.
+        BrokenCheckpoint: weights are missing or damaged.
+        UnknownModel: the hub cannot be reached.
+    """
+    config = load_config(source)
+    check_architecture(config)
+    cls = holed_class(model_class(config), _make_head, Head)
+    model, report = load(cls, config, source, f"head of {source.name}", dtype=dtype, device=device, progress=progress)
+    head = cast(Head, model)
+    head.report = report
+    for part in (head.config, text_config(head.config)):
+        # No attention runs here, and decoders make no masks for an implementation that transformers does not know.
+        # Eager-only architectures (mpt) rely on having a mask.
+        if part._attn_implementation == "sdpa":
+            cast(Any, part)._attn_implementation_internal = "remote"
+    generation = source.find("generation_config.json")
+    if generation is not None:
+        head.generation_config = GenerationConfig.from_pretrained(generation.parent)
+    return head
+
+
+def _make_head(model: PreTrainedModel) -> None:
+    """Make every block a hole, block 0 a RemoteStack, and let the stack see what the decoder is called with."""
+    stack = find_block_stack(model)
+    decoder, blocks = stack.decoder(model), stack.blocks(model)
+    remote = RemoteStack(blocks[0], stack)
+    punch_holes(model, stack, range(0))
+    blocks[0] = remote
+    # Not as a submodule: the stack is one already, where block 0 was.
+    object.__setattr__(model, "_remote_stack", remote)
+    names = forward_parameters(decoder)
+    cache_name = "cache_params" if "cache_params" in names else "past_key_values"
+
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+        use_cache = call.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(text_config(model.config), "use_cache", True)
+        if use_cache and call.get(cache_name) is None:
+            # The decoder would make a cache of its own here (a plain forward, the second branch of CFG).
+            call[cache_name] = RemoteCache()
+        remote.begin(call)
+        return (), call
+
+    outer_names = forward_parameters(model)
+
+    def before_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        remote.begin_outer({**dict(zip(outer_names[1:], args, strict=False)), **kwargs})
+
+    decoder.register_forward_pre_hook(before, with_kwargs=True)
+    if decoder is not model:
+        model.register_forward_pre_hook(before_all, with_kwargs=True)
+    project = getattr(decoder, "project_per_layer_inputs", None)
+    if project is not None:
+        setattr(decoder, "project_per_layer_inputs", _noting(project, remote))  # noqa: B010 (mypy forbids assignment)
+
+
+def _noting(project: Callable[..., Tensor | None], remote: RemoteStack) -> Callable[..., Tensor | None]:
+    """`project`, of which the result goes to the remote blocks too."""
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor | None:
+        result = project(*args, **kwargs)
+        if result is not None:
+            remote.add_extra("per_layer_inputs", result)
+        return result
+
+    return noting
+
+
+def _remote_cache(call: dict[str, Any]) -> RemoteCache | None:
+    cache = call.get("past_key_values")
+    if cache is None:
+        cache = call.get("cache_params")
+    if cache is not None and not isinstance(cache, RemoteCache):
+        raise TypeError(
+            f"a head's cache must be a RemoteCache, not {type(cache).__name__}: the states are on the peers"
+        )
+    return cache
+
+
+def _padding_mask(mask: Any, outer: dict[str, Any]) -> Tensor | None:
+    """The mask as bool where it masks anything, else None.
+
+    Composite models make masks of their own for their decoder, a dict; for text alone these say what the mask says that
+    the whole model was called with.
+    """
+    if isinstance(mask, dict):
+        if any(value is not None and name.startswith(_OTHER_THAN_TEXT) for name, value in outer.items()):
+            raise ModelError("this architecture masks images in a way that cannot be sent to the blocks of other peers")
+        mask = outer.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ModelError("only masks of padding, [rows, tokens], can be sent to the blocks of other peers")
+    kept = mask.to(torch.bool)
+    return None if bool(kept.all()) else kept
+
+
+def _odd_positions(position_ids: Tensor | None, cache: RemoteCache | None, mask: Tensor | None) -> Tensor | None:
+    """The positions where the blocks would not come to the same by themselves, else None."""
+    if position_ids is None or mask is not None:
+        return position_ids
+    seen = cache.n_tokens if cache is not None else 0
+    usual = torch.arange(seen, seen + position_ids.shape[-1], device=position_ids.device)
+    return None if bool((position_ids == usual).all()) else position_ids

@@ -1,0 +1,330 @@
+"""A span of a model's blocks, run by the architecture's own code."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from protocol.errors import BadMessage
+from protocol.span import Span
+from slicing.cache import SpanCache
+from slicing.config import hidden_size, load_config, model_class, n_blocks, text_config
+from slicing.cuts import check_architecture, check_span, legal_cuts
+from slicing.loading import LoadReport, Progress, load
+from slicing.skeleton import (
+    BlockStack,
+    drop_all_but_blocks,
+    find_block_stack,
+    forward_parameters,
+    holed_class,
+    punch_holes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from slicing.source import ModelSource
+
+logger = logging.getLogger(__name__)
+
+EXTRAS = ("per_layer_inputs",)
+"""Names of tensors that some architectures need in every block beside the hidden states; they come from the client."""
+
+
+def load_span(
+    source: ModelSource,
+    span: Span,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> SpanModel:
+    """Load the blocks `span` of a model, and no other tensors than theirs and a few small shared ones.
+
+    Args:
+        dtype: of the weights; None: the model's own.
+        progress: told as tensors are read.
+
+    Raises:
+        IllegalCut: the model cannot be cut there.
+        NoBlockStack, RemoteCodeRefused, ModelError: the architecture cannot be sliced.
+        BrokenCheckpoint: weights are missing or damaged.
+        UnknownModel: the hub cannot be reached.
+    """
+    config = load_config(source)
+    check_architecture(config)
+    cls = model_class(config)
+    check_span(config, span)
+    found: list[BlockStack] = []
+
+    def hollow(model: PreTrainedModel) -> None:
+        stack = find_block_stack(model)
+        punch_holes(model, stack, range(span.start, span.stop))
+        drop_all_but_blocks(model, stack)
+        found.append(stack)
+
+    what = f"blocks {span} of {source.name}"
+    model, report = load(holed_class(cls, hollow), config, source, what, dtype=dtype, device=device, progress=progress)
+    return SpanModel(model, found[-1], span, report)
+
+
+class SpanModel:
+    """The loaded blocks `span` of a model.
+
+    A chain may use fewer blocks than are loaded: `step` and `new_cache` take the part to run. For one thread at a time.
+
+    Attributes:
+        span: the blocks that are loaded.
+        config: the model's configuration.
+        report: what was loaded.
+        hidden_size: H, the width of hidden states.
+        extras: names of the tensors that `step` needs beside the hidden states.
+        dtype, device: of the weights, and of the hidden states that `step` takes and gives.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: BlockStack, span: Span, report: LoadReport) -> None:
+        self.span = span
+        self.report = report
+        # Weights are never trained here; a pass that records gradients is for those of its inputs.
+        self.model = model.requires_grad_(False)
+        self.config: PreTrainedConfig = model.config
+        self.n_blocks = n_blocks(model.config)
+        self.hidden_size = hidden_size(model.config)
+        self.blocks = {i: stack.blocks(model)[i] for i in range(span.start, span.stop)}
+        first = next(self.blocks[span.start].parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self._legal = frozenset(legal_cuts(model.config))
+        self._decoder = stack.decoder(model)
+        self._parameters = forward_parameters(self._decoder)
+        self._cache_name = "cache_params" if "cache_params" in self._parameters else "past_key_values"
+        self._embedding_size = stack.embedding_size
+        self._positions = _table_of_positions(self._decoder)
+        self.extras = frozenset(name for name in EXTRAS if self._needs_extra(name))
+        self._pass = _Pass(returns_tuple=stack.returns_tuple)
+        for i, block in self.blocks.items():
+            # An attribute of the instance: the block's class, its name and its parameters stay what they are.
+            setattr(block, "forward", _gate(self._pass, i, block.forward))  # noqa: B010 (mypy forbids plain assignment)
+        if self.extras:
+            # The decoder would compute them from embeddings, which a span does not have; here they arrive ready-made.
+            setattr(self._decoder, "project_per_layer_inputs", _given_per_layer_inputs)  # noqa: B010
+
+    def new_cache(self, span: Span | None = None) -> SpanCache:
+        """An empty cache for one session over `span` (default: all blocks loaded).
+
+        Raises:
+            BadMessage: the blocks are not all loaded, or the model cannot be cut there.
+        """
+        return SpanCache(self.config, self._part(span))
+
+    def step(
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None = None,
+        *,
+        span: Span | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        grad: bool = False,
+    ) -> Tensor:
+        """Run q tokens of B rows through the blocks of `span`, after the tokens that the cache has seen.
+
+        Tensors may be on any device; they are moved. Everything is checked before anything is computed. After any
+        other exception than BadMessage the cache is undefined and must be dropped.
+
+        Args:
+            hidden: [..., B, q, H], the model's dtype. (gemma3n has a leading dimension of 4.)
+            cache: the session's; None for a pass without memory.
+            span: the blocks to run; default: the cache's, else all that are loaded.
+            attention_mask: [B, n + q], n the tokens seen: nonzero where a token counts, zero for padding. None: all do.
+            position_ids: [1 or B, q] (some models: with a dimension before). None: n, n + 1, ...; but with an
+                attention mask, None leaves them to the decoder's own rule, which may go by the mask.
+            extras: exactly the tensors named in `self.extras`; per_layer_inputs: [B, q, n_blocks, *].
+            grad: record for autograd; needs `cache` None.
+
+        Returns:
+            hidden states after the span: shape, dtype and device of `hidden`, the device being the model's.
+
+        Raises:
+            BadMessage: a shape, dtype, position or span that does not fit the model or the cache.
+        """
+        part = self._part(span if span is not None or cache is None else cache.span)
+        self._check(hidden, cache, part, attention_mask, position_ids, extras or {}, grad)
+        batch, q = hidden.shape[-3], hidden.shape[-2]
+        inputs: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in (extras or {}).items()}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(self.device, torch.long)
+        if position_ids is None and attention_mask is None:
+            # Not left to the decoder: some (bamba) begin at 0 again, whatever the cache has seen.
+            seen = cache.n_tokens if cache is not None else 0
+            position_ids = torch.arange(seen, seen + q, device=self.device)[None]
+        if position_ids is not None and "position_ids" in self._parameters:
+            inputs["position_ids"] = position_ids.to(self.device, torch.long)
+        if cache is not None:
+            inputs[self._cache_name] = cache
+        hidden = hidden.to(self.device).contiguous()
+        if hidden.data_ptr() % 64:
+            # A tensor cut out of a network buffer can lie anywhere, and kernels round by alignment.
+            hidden = hidden.clone()
+        with torch.enable_grad() if grad else torch.inference_mode():
+            # Only shape, dtype and device of this count (masks, rotary positions); the gate puts `hidden` in its place.
+            dummy = hidden.new_zeros(()).expand(batch, q, self._embedding_size)
+            self._pass.begin(part, hidden)
+            try:
+                self._decoder(inputs_embeds=dummy, use_cache=cache is not None, **inputs)
+                output = self._pass.output()
+            finally:
+                self._pass.end()
+        if cache is not None:
+            cache.advance(batch, q)
+        return output
+
+    def nbytes(self) -> int:
+        """Memory of the weights, in bytes."""
+        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
+
+    def example_inputs(self, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Zeros that `step` takes: hidden states [..., 1, tokens, H] and extras. For measuring, not for answers."""
+        text = text_config(self.config)
+        streams = getattr(text, "altup_num_inputs", 0)  # gemma3n carries several hidden states per token
+        shape = (*((streams,) if streams else ()), 1, tokens, self.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        width = getattr(text, "hidden_size_per_layer_input", 0) or 0
+        extra_shape = (1, tokens, self.n_blocks, width)
+        return hidden, {name: torch.zeros(extra_shape, dtype=self.dtype, device=self.device) for name in self.extras}
+
+    def _needs_extra(self, name: str) -> bool:
+        return (
+            name in self._parameters
+            and hasattr(self._decoder, "project_per_layer_inputs")
+            and bool(getattr(text_config(self.config), "hidden_size_per_layer_input", 0))
+        )
+
+    def _part(self, span: Span | None) -> Span:
+        if span is None:
+            return self.span
+        if not self.span.covers(span) or span.start not in self._legal or span.stop not in self._legal:
+            raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {sorted(self._legal)}")
+        return span
+
+    def _check(
+        self,
+        hidden: Tensor,
+        cache: SpanCache | None,
+        part: Span,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        extras: Mapping[str, Tensor],
+        grad: bool,
+    ) -> None:
+        if hidden.ndim < 3 or hidden.shape[-1] != self.hidden_size or 0 in hidden.shape or hidden.dtype != self.dtype:
+            raise BadMessage(
+                f"hidden states must be [..., rows, tokens, {self.hidden_size}] of {self.dtype}, "
+                f"not {tuple(hidden.shape)} of {hidden.dtype}"
+            )
+        batch, q = hidden.shape[-3], hidden.shape[-2]
+        seen = 0
+        if cache is not None:
+            seen = cache.n_tokens
+            if cache.span != part:
+                raise BadMessage(f"the cache is of blocks {cache.span}, the step of {part}")
+            if cache.batch not in (None, batch):
+                raise BadMessage(f"the cache has {cache.batch} rows, the step {batch}")
+            if grad:
+                raise BadMessage("a step with a cache records nothing for autograd")
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, seen + q):
+                raise BadMessage(f"attention mask must be {(batch, seen + q)}, not {tuple(attention_mask.shape)}")
+            if attention_mask.is_floating_point() or attention_mask.is_complex():
+                raise BadMessage(f"attention mask must be bool or whole numbers, not {attention_mask.dtype}")
+        if position_ids is not None:
+            self._check_positions(position_ids, batch, q)
+        elif self._positions is not None and seen + q > self._positions[1]:
+            raise BadMessage(f"the model has positions up to {self._positions[1]}, the session would need {seen + q}")
+        if extras.keys() != self.extras:
+            raise BadMessage(f"a step needs the tensors {sorted(self.extras)} beside the hidden states")
+        for name, tensor in extras.items():
+            if tensor.ndim != 4 or tensor.shape[:3] != (batch, q, self.n_blocks) or tensor.dtype != self.dtype:
+                raise BadMessage(f"{name} must be {(batch, q, self.n_blocks)} + one dimension, of {self.dtype}")
+            if tensor.shape[3] != text_config(self.config).hidden_size_per_layer_input:
+                raise BadMessage(f"{name} has the wrong width {tensor.shape[3]}")
+
+    def _check_positions(self, position_ids: Tensor, batch: int, q: int) -> None:
+        if position_ids.ndim not in (2, 3) or position_ids.shape[-1] != q or position_ids.shape[-2] not in (1, batch):
+            raise BadMessage(f"position ids must be {(batch, q)}, not {tuple(position_ids.shape)}")
+        if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
+            raise BadMessage(f"position ids must be whole numbers, not {position_ids.dtype}")
+        if self._positions is not None:
+            low, high = int(position_ids.min()), int(position_ids.max())
+            # Outside a table a GPU does not raise, it aborts the process.
+            if low < self._positions[0] or high >= self._positions[1]:
+                raise BadMessage(f"position ids {low} to {high} lie outside the model's {self._positions}")
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What the gates of one SpanModel share during one step: which blocks run, what goes in, what came out."""
+
+    returns_tuple: bool
+    active: Span | None = None
+    incoming: Tensor | None = None
+    outgoing: Tensor | None = None
+
+    def begin(self, span: Span, hidden: Tensor) -> None:
+        self.active, self.incoming, self.outgoing = span, hidden, None
+
+    def output(self) -> Tensor:
+        if self.outgoing is None:
+            raise RuntimeError("the decoder did not run the last block of the span")
+        return self.outgoing
+
+    def end(self) -> None:
+        self.active = self.incoming = self.outgoing = None
+
+
+def _gate(state: _Pass, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a block's forward: a hole outside the active span, entry at its first block, exit at its last."""
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        span = state.active
+        if span is None or index not in span:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, None) if state.returns_tuple else hidden
+        if index == span.start:
+            if args:
+                args = (state.incoming, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": state.incoming}
+        output = forward(*args, **kwargs)
+        if index == span.stop - 1:
+            state.outgoing = output[0] if isinstance(output, tuple | list) else output
+        return output
+
+    return gated
+
+
+def _given_per_layer_inputs(
+    inputs_embeds: Tensor, per_layer_inputs: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    return per_layer_inputs
+
+
+def _table_of_positions(decoder: nn.Module) -> tuple[int, int] | None:
+    """The positions [low, high) that the decoder has in a table; None where it computes them.
+
+    Tables are learned (gpt2, opt: an Embedding of the decoder; opt's begins at -2) or made once (gptj, codegen).
+    """
+    for child in decoder.children():
+        if isinstance(child, nn.Embedding):
+            offset = getattr(child, "offset", 0)
+            return -offset, child.num_embeddings - offset
+    for module in decoder.modules():
+        made = getattr(module, "embed_positions", None)
+        if isinstance(made, Tensor):
+            return 0, made.shape[0]
+    return None

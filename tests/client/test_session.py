@@ -1,0 +1,301 @@
+"""Sessions over real gRPC: the same values as the unsplit blocks, whatever happens to the peers on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.blame import Blame
+from client.config import ClientConfig
+from client.journal import Entry, Part
+from client.session import Session, SessionSpec
+from peer.host import SpanHost
+from protocol.errors import BlocksMissing, StaleEpoch
+from protocol.messages import HIDDEN, CacheOp, StepResult, TensorSpec
+from protocol.span import Span
+from slicing import CacheOp as SpanOp
+from slicing import SpanModel, load_span, resolve
+from tensor_codecs import codec, dtype_of
+from tests.harness import KnownPeers, open_host, record_of
+
+N_BLOCKS, WIDTH = 6, 64
+CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=N_BLOCKS, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path) -> SpanModel:
+    return load_span(resolve(str(checkpoint)), Span(0, N_BLOCKS), dtype=torch.float32)
+
+
+def entry(hidden: Tensor, position: int, *ops: CacheOp) -> Entry:
+    payload = codec("none").encode(hidden)
+    spec = TensorSpec(HIDDEN, "none", "float32", tuple(hidden.shape), len(payload))
+    return Entry(position, hidden.shape[-2], hidden.shape[-3], (Part(spec, payload),), ops)
+
+
+def tensor(result: StepResult) -> Tensor:
+    ((spec, payload),) = result.parts()
+    return codec(spec.codec).decode(payload, spec.shape, dtype_of(spec.dtype))
+
+
+def inputs(steps: int, rows: int = 1, prompt: int = 7) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(rows, prompt if i == 0 else 1, WIDTH, generator=generator) for i in range(steps)]
+
+
+def reference(model: SpanModel, steps: Sequence[Tensor]) -> list[Tensor]:
+    cache = model.new_cache()
+    return [model.step(hidden, cache) for hidden in steps]
+
+
+@asynccontextmanager
+async def swarm(
+    checkpoint: Path, *spans: str, config: ClientConfig = CONFIG, **settings: object
+) -> AsyncIterator[tuple[list[SpanHost], KnownPeers, Session, list[str]]]:
+    """Hosts of these spans, a session over them, and the events that it tells."""
+    async with AsyncExitStack() as stack:
+        hosts = [
+            await stack.enter_async_context(open_host(checkpoint, Span.parse(span), index, **settings))
+            for index, span in enumerate(spans)
+        ]
+        known = KnownPeers([record_of(host) for host in hosts])
+        stack.push_async_callback(known.close)
+        events: list[str] = []
+        spec = SessionSpec(hosts[0].served.fingerprint, N_BLOCKS, batch=1, max_tokens=64)
+        session = Session(spec, known, Blame(config.avoid_s), config, events.append)
+        yield hosts, known, session, events
+
+
+async def kill(host: SpanHost) -> None:
+    """The port is closed at once, streams are reset: what a client sees of `kill -9`."""
+    assert host._server is not None
+    await host._server.stop(None)
+
+
+async def run(session: Session, steps: Sequence[Tensor], start: int = 0) -> list[Tensor]:
+    outputs, position = [], start
+    for hidden in steps:
+        outputs.append(tensor(await session.step(entry(hidden, position))))
+        position += hidden.shape[-2]
+    return outputs
+
+
+@pytest.mark.parametrize("spans", [("0:6",), ("0:2", "2:6"), ("0:3", "2:5", "4:6")], ids="|".join)
+async def test_a_chain_is_bit_identical_to_the_unsplit_blocks(
+    checkpoint: Path, whole: SpanModel, spans: tuple[str, ...]
+) -> None:
+    steps = inputs(6, rows=2)
+    async with swarm(checkpoint, *spans) as (hosts, _, session, _):
+        outputs = await run(session, steps)
+        assert [link.peer.peer_id for link in session.chain] == [host.identity.peer_id for host in hosts]
+        await session.close()
+        assert all(len(host.sessions) == 0 for host in hosts), "a closed session is gone"
+        assert all(host.budget.tokens_left == host.budget.tokens_total for host in hosts)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_lost_peer_is_replaced_at_any_step(checkpoint: Path, whole: SpanModel, victim: int, at: int) -> None:
+    steps = inputs(5)
+    spans = ("0:3", "3:6", "0:6")  # the third one stands by
+    async with swarm(checkpoint, *spans) as (hosts, known, session, events):
+        standby, known.records = known.records[2], known.records[:2]
+        outputs = await run(session, steps[:at])
+        known.records = [*known.records, standby]
+        await kill(hosts[victim])
+        position = sum(hidden.shape[-2] for hidden in steps[:at])
+        outputs += await run(session, steps[at:], position)
+        assert standby.peer_id in {link.peer.peer_id for link in session.chain}
+        assert hosts[victim].identity.peer_id not in {link.peer.peer_id for link in session.chain}
+        assert at == 0 or any("lost" in event for event in events)
+    for got, wanted in zip(outputs, reference(whole, steps), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+async def test_all_peers_are_lost_and_others_come(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(5)
+    async with swarm(checkpoint, "0:3", "3:6", "0:4", "4:6") as (hosts, known, session, events):
+        first, second = known.records[:2], known.records[2:]
+        known.records = first
+        outputs = await run(session, steps[:3])
+        await kill(hosts[0])
+        await kill(hosts[1])
+        known.records = []
+
+        def others_come() -> None:
+            if any("waiting: blocks" in event for event in events):
+                known.records = second
+
+        known.on_refresh = others_come
+        outputs += await run(session, steps[3:], 9)
+    assert any("blocks 0:3 have no peer" in event or "blocks 3:6 have no peer" in event for event in events), events
+    for got, wanted in zip(outputs, reference(whole, steps), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+async def test_a_broken_connection_is_resumed_without_a_replay(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(6)
+    async with swarm(checkpoint, "0:3", "3:6") as (hosts, _, session, _):
+        outputs = await run(session, steps[:3])
+        for hop in session._hops.values():
+            hop._call.cancel()
+        outputs += await run(session, steps[3:], 9)
+        assert session.stats.reroutes == session.stats.replayed_tokens == 0
+        assert all(len(host.sessions) == 1 for host in hosts)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+async def test_a_step_sent_again_is_not_applied_again(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(4)
+    async with swarm(checkpoint, "0:6") as (hosts, _, session, _):
+        outputs = await run(session, steps[:2])
+        hop = session._hops[0]
+        step = session._step(entry(steps[2], 8))
+        once, again = await hop.step(step), await hop.step(step)
+        assert once == again
+        outputs += await run(session, steps[2:], 8)
+        (served,) = hosts[0].sessions._sessions.values()
+        assert served.tokens == 10
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+async def test_a_peer_of_an_older_epoch_cannot_write(checkpoint: Path) -> None:
+    steps = inputs(3)
+    async with swarm(checkpoint, "0:6") as (_, _, session, _):
+        await run(session, steps[:1])
+        hop = session._hops[0]
+        stale = replace(session._step(entry(steps[1], 7)), epoch=session._epoch)
+        session._epoch += 1
+        await run(session, steps[1:2], 7)
+        with pytest.raises(StaleEpoch):
+            await hop.step(replace(stale, step_id=2, position=8))
+
+
+async def test_missing_blocks_are_named(checkpoint: Path) -> None:
+    config = replace(CONFIG, wait_s=0.0)
+    async with swarm(checkpoint, "0:2", "4:5", config=config) as (_, _, session, _):
+        with pytest.raises(BlocksMissing, match=r"blocks 2:4, 5:6 have no peer") as caught:
+            await run(session, inputs(1))
+        assert caught.value.missing == ("2:4", "5:6")
+        assert caught.value.retryable
+
+
+async def test_a_full_peer_refuses_at_once_and_another_takes_over(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(3)
+    async with swarm(checkpoint, "0:6", "0:6", max_sessions=1) as (hosts, known, first, _):
+        known.records = known.records[:1]
+        await run(first, steps)
+        known.records = [record_of(host) for host in hosts]
+        second = Session(first._spec, known, Blame(5.0), CONFIG)
+        outputs = await run(second, steps)
+        assert [link.peer.peer_id for link in second.chain] == [hosts[1].identity.peer_id]
+        third = Session(first._spec, known, Blame(5.0), replace(CONFIG, wait_s=0.0))
+        with pytest.raises(BlocksMissing, match="sessions already") as caught:
+            await run(third, steps)
+        assert caught.value.retry_after_s is not None
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+async def test_the_kv_budget_is_held(checkpoint: Path) -> None:
+    config = replace(CONFIG, wait_s=0.0)
+    async with swarm(checkpoint, "0:6", config=config, kv_tokens=100) as (hosts, known, session, _):
+        await run(session, inputs(1))
+        assert hosts[0].budget.tokens_left == 36
+        other = Session(replace(session._spec, max_tokens=37), known, Blame(5.0), config)
+        with pytest.raises(BlocksMissing, match="KV budget is used up: 36 of 100"):
+            await run(other, inputs(1))
+        growing = Session(replace(session._spec, max_tokens=0), known, Blame(5.0), config)
+        with pytest.raises(BlocksMissing, match="KV budget"):
+            await run(growing, inputs(1, prompt=40))
+        await session.close()
+        assert hosts[0].budget.tokens_left == 100
+
+
+async def test_a_cancelled_step_leaves_the_session_usable(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(5)
+    async with swarm(checkpoint, "0:3", "3:6") as (_, _, session, _):
+        outputs = await run(session, steps[:2])
+        task = asyncio.create_task(session.step(entry(steps[4], 8)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        outputs += await run(session, steps[2:], 8)
+        assert session.stats.replayed_tokens == 8
+    for got, wanted in zip(outputs, reference(whole, steps), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+async def test_recovery_after_crops_and_reorders(checkpoint: Path, whole: SpanModel) -> None:
+    """What speculation and beams leave behind is replayed as it is."""
+    steps = inputs(6, rows=3)
+    ops = {2: [CacheOp("reorder", (2, 0, 0))], 3: [CacheOp("crop", (5,))], 4: [CacheOp("reorder", (1, 1, 2))]}
+    async with swarm(checkpoint, "0:3", "3:6", "3:6") as (hosts, known, session, _):
+        standby, known.records = known.records[2], known.records[:2]
+        cache, position = whole.new_cache(), 0
+        for i, hidden in enumerate(steps):
+            if i == 5:
+                known.records = [*known.records, standby]
+                await kill(hosts[1])
+            for op in ops.get(i, []):
+                cache.apply(SpanOp(op.kind, op.values[0] if op.kind == "crop" else op.values))  # type: ignore[arg-type]
+                position = op.values[0] if op.kind == "crop" else position
+            got = tensor(await session.step(entry(hidden, position, *ops.get(i, []))))
+            assert torch.allclose(got, whole.step(hidden, cache), atol=1e-5)
+            position += hidden.shape[-2]
+        assert session.stats.reroutes == 1
+
+
+async def test_evicted_journals_are_made_again_from_the_first(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(5)
+    async with swarm(checkpoint, "0:3", "3:6", "3:6") as (hosts, known, session, _):
+        standby, known.records = known.records[2], known.records[:2]
+        outputs = await run(session, steps[:3])
+        del session._journals[3]  # as `_evict` does above the budget
+        known.records = [*known.records, standby]
+        await kill(hosts[1])
+        outputs += await run(session, steps[3:], 9)
+        assert session.stats.replayed_tokens == 9
+    for got, wanted in zip(outputs, reference(whole, steps), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+async def test_the_journals_are_kept_within_their_budget(checkpoint: Path) -> None:
+    config = replace(CONFIG, journal_mib=1)
+    async with swarm(checkpoint, "0:3", "3:6", config=config) as (_, _, session, _):
+        await run(session, inputs(1, prompt=3000))
+        assert set(session._journals) == {0}
+
+
+async def test_idle_sessions_are_reclaimed(checkpoint: Path) -> None:
+    async with swarm(checkpoint, "0:6") as (hosts, _, session, _):
+        await run(session, inputs(1))
+        table = hosts[0].sessions
+        now_s = asyncio.get_running_loop().time()
+        assert table.reclaim(now_s + table.idle_s - 60) == 0
+        assert table.reclaim(now_s + table.idle_s + 60) == 1
+        assert hosts[0].budget.tokens_left == hosts[0].budget.tokens_total
+        outputs = await run(session, inputs(2)[1:], 7)
+        assert outputs[0].shape == (1, 1, WIDTH), "a client that comes back late replays"
+        assert session.stats.replayed_tokens == 7

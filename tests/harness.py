@@ -1,0 +1,87 @@
+"""Peers in this process, behind real gRPC on loopback, and a client's view of them without a DHT."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import torch
+
+from dht.record import PeerRecord
+from peer.config import PeerConfig
+from peer.host import Served, SpanHost
+from protocol.channel import open_channel
+from protocol.identity import Identity
+from protocol.limits import MESSAGE_BYTES
+from protocol.span import Span
+from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
+
+_identities: list[Identity] = []
+
+
+def identity(index: int) -> Identity:
+    """Identities are slow to make; tests share them."""
+    while len(_identities) <= index:
+        _identities.append(Identity.ephemeral())
+    return _identities[index]
+
+
+def served(folder: Path) -> Served:
+    source = resolve(str(folder))
+    config = load_config(source)
+    return Served("test", fingerprint(source), n_blocks(config), legal_cuts(config))
+
+
+@asynccontextmanager
+async def open_host(
+    folder: Path, span: Span, index: int = 0, dtype: torch.dtype = torch.float32, **settings: object
+) -> AsyncIterator[SpanHost]:
+    """One peer's serving half on loopback."""
+    model = load_span(resolve(str(folder)), span, dtype=dtype)
+    options: dict[str, object] = {"host": "127.0.0.1", "kv_tokens": 4096, "lan": False} | settings
+    async with SpanHost.open(model, served(folder), identity(index), PeerConfig(**options)) as host:  # type: ignore[arg-type]
+        host.state = "online"
+        yield host
+
+
+def record_of(host: SpanHost) -> PeerRecord:
+    return PeerRecord(
+        peer_id=host.identity.peer_id,
+        fingerprint=host.served.fingerprint,
+        n_blocks=host.served.n_blocks,
+        span=host.model.span,
+        state="online",
+        addresses=(f"127.0.0.1:{host.port}",),
+        certificate_der=host.identity.certificate_der,
+        kv_tokens_left=host.budget.tokens_left,
+        kv_tokens_total=host.budget.tokens_total,
+    )
+
+
+@dataclass
+class KnownPeers:
+    """What a session needs of a swarm: a list of peers. `on_refresh` lets a test change it while a session waits."""
+
+    records: Sequence[PeerRecord]
+    on_refresh: Callable[[], None] = lambda: None
+    channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+
+    def peers(self) -> Sequence[PeerRecord]:
+        return self.records
+
+    async def refresh(self) -> None:
+        self.on_refresh()
+
+    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
+        if peer.peer_id not in self.channels:
+            self.channels[peer.peer_id] = open_channel(
+                peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES
+            )
+        return self.channels[peer.peer_id]
+
+    async def close(self) -> None:
+        for channel in self.channels.values():
+            await channel.close(None)

@@ -1,0 +1,85 @@
+"""Law 1: a chain computes what the unsplit model computes, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from protocol.span import Span
+from slicing import ModelSource, legal_cuts, load_config, load_head, load_span
+from tests.slicing.architectures import ARCHITECTURES, MORE, N_BLOCKS, REQUIRED
+from tests.slicing.chain import LocalChain
+from tests.slicing.steps import assert_same_bits, logits_of
+
+_SLOW_HERE = {"kimi_linear"}
+ALL = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW_HERE else [])
+    for name in sorted(REQUIRED) + sorted(MORE)
+]
+
+
+def inner_cuts(source: ModelSource) -> list[int]:
+    return [cut for cut in legal_cuts(load_config(source)) if 0 < cut < N_BLOCKS]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_chain_computes_what_the_unsplit_model_computes(
+    name: str, source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]
+) -> None:
+    model, head, inner = unsplit(name), load_head(source(name)), inner_cuts(source(name))
+    in_two = LocalChain.load(source(name), [0, inner[len(inner) // 2], N_BLOCKS])
+    in_three = LocalChain.load(source(name), [0, inner[0], inner[-1], N_BLOCKS])
+    for padded in (False, True):
+        expected = logits_of(model, padded=padded)
+        for chain in (in_two, in_three):
+            head.attach(chain)
+            assert_same_bits(expected, logits_of(head, padded=padded))
+
+
+@pytest.mark.parametrize("name", sorted(REQUIRED))
+def test_a_chain_may_use_less_than_its_peers_have_loaded(
+    name: str, source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]
+) -> None:
+    inner = inner_cuts(source(name))
+    left = load_span(source(name), Span(0, inner[-1]))
+    right = load_span(source(name), Span(inner[0], N_BLOCKS))
+    head = load_head(source(name))
+    expected = logits_of(unsplit(name), padded=True)
+    for cut in dict.fromkeys((inner[0], inner[-1])):
+        head.attach(LocalChain([(left, Span(0, cut)), (right, Span(cut, N_BLOCKS))]))
+        assert_same_bits(expected, logits_of(head, padded=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "qwen3_next", "mamba2"])
+def test_a_chain_that_skips_a_block_is_noticed(
+    name: str, source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]
+) -> None:
+    """The control of the tests above: the tiny models are not so degenerate that a wrong chain passes."""
+    chain = LocalChain.load(source(name), range(N_BLOCKS + 1))
+    head = load_head(source(name))
+    expected = logits_of(unsplit(name), padded=False)
+    for skipped in range(N_BLOCKS):
+        head.attach(LocalChain([hop for i, hop in enumerate(chain.hops) if i != skipped]))
+        found = logits_of(head, padded=False)
+        assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(expected, found, strict=True))
+
+
+def test_spans_and_head_together_hold_each_parameter_of_the_unsplit_model(
+    source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]
+) -> None:
+    whole = dict(unsplit("llama").named_parameters())
+    chain = LocalChain.load(source("llama"), [0, 2, N_BLOCKS])
+    head = load_head(source("llama"))
+    parts = [dict(model.model.named_parameters()) for model, _ in chain.hops] + [dict(head.named_parameters())]
+    assert set().union(*parts) == whole.keys()
+    for part in parts:
+        for name, parameter in part.items():
+            assert torch.equal(parameter, whole[name]), name
+
+
+def test_the_list_of_architectures_is_the_promised_one() -> None:
+    assert len(REQUIRED) == 29
+    assert ARCHITECTURES.keys() == REQUIRED.keys() | MORE.keys()
