@@ -72,10 +72,10 @@ def render(found: dict[str, Any]) -> None:
 def _sentence(model: dict[str, Any]) -> str:
     missing = model["missing"]
     if missing:
-        return f"[bold]{escape(model["name"])}[/]: [red]blocks {', '.join(missing)} have no peer[/]"
+        return f"[bold]{escape(model['name'])}[/]: [red]blocks {', '.join(missing)} have no peer[/]"
     weakest = min(model["replicas"])
     peers = "peer" if weakest == 1 else "peers"
-    return f"[bold]{escape(model["name"])}[/]: all {model['n_blocks']} blocks are served, the weakest by {weakest} {peers}"
+    return f"[bold]{escape(model['name'])}[/]: all {model['n_blocks']} blocks are served, the weakest by {weakest} {peers}"
 
 
 def _bar(blocks: str, n_blocks: int, width: int = 24) -> str:

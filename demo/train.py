@@ -40,6 +40,7 @@ class Stage:
     broken_chains: int = 0  # broken chains per step
     broken_tokens: int = 0  # tokens of the batch that run through each of them
     broken_weight: float = 0.0  # of their loss, against that of the right chain
+    zero_lr: float = 0.0  # Muon's rate for projections that start at zero
     idle_weight: float = 0.0  # of the loss of blocks that change too little
     least_change: float = 0.3  # that a block should make to the stream, as a fraction of its norm
 
@@ -61,8 +62,8 @@ class Recipe:
     clip: float = 1.0
     margin: float = 1.5  # cross entropy [nats per token] that a broken chain should add to each answer
     small: Stage = Stage(steps=3400, tokens=4096, muon_lr=0.02, adam_lr=3e-3, warmup=100, final_lr=0.1, decay=0.3)
-    grown: Stage = Stage(steps=1100, tokens=3072, muon_lr=0.008, adam_lr=1.5e-3, warmup=30, final_lr=0.0, decay=0.7,
-                         broken_chains=6, broken_tokens=256, broken_weight=0.7, idle_weight=1.0)  # fmt: skip
+    grown: Stage = Stage(steps=1000, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=30, final_lr=0.0, decay=0.7,
+                         broken_chains=6, broken_tokens=256, broken_weight=0.7, zero_lr=0.04, idle_weight=5.0)  # fmt: skip
     threads: int = 2
 
 
@@ -133,14 +134,17 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, blocks: int) -
 
 @torch.no_grad()
 def grow(small: LlamaForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The same function in more blocks: after each block of `small`, new ones that add nothing to the stream yet."""
+    """The same function in more blocks: after each block of `small`, copies of it that add nothing to the stream yet.
+
+    Only their output projections are zero: with fresh inner weights, too, they would take long to matter.
+    """
     big = new_model(recipe, tokenizer, recipe.blocks)
     every = recipe.blocks // len(small.model.layers)
-    for block in big.model.layers:
-        block.self_attn.o_proj.weight.zero_()
-        block.mlp.down_proj.weight.zero_()
-    for i, block in enumerate(small.model.layers):
-        big.model.layers[i * every].load_state_dict(block.state_dict())
+    for i, block in enumerate(big.model.layers):
+        block.load_state_dict(small.model.layers[i // every].state_dict())
+        if i % every:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
     big.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     big.model.norm.load_state_dict(small.model.norm.state_dict())
     probe = torch.arange(min(len(tokenizer), 64))[None]
@@ -214,13 +218,19 @@ def idleness(trace: list[Tensor], labels: Tensor, least: float) -> Tensor:
 
 
 def optimizers(model: LlamaForCausalLM, recipe: Recipe, stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
+    """Muon for the matrices of the blocks, AdamW for embeddings and norms; each group keeps its full rate as `peak`."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
+    # Muon's steps have a fixed size: a projection that starts at zero has a longer way to go than a trained one.
+    zero = [p for p in matrices if not p.any()]
+    trained = [p for p in matrices if p.any()]
+    muon_groups = [{"params": trained, "peak": stage.muon_lr}]
+    if zero:
+        muon_groups.append({"params": zero, "peak": stage.zero_lr})
     return [
-        torch.optim.Muon(matrices, lr=stage.muon_lr, weight_decay=recipe.weight_decay, momentum=0.95),
-        torch.optim.AdamW(rest, lr=stage.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(muon_groups, lr=stage.muon_lr, weight_decay=recipe.weight_decay, momentum=0.95),
+        torch.optim.AdamW([{"params": rest, "peak": stage.adam_lr}], betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -261,8 +271,9 @@ def run_stage(
             loss = right + stage.broken_weight * broken + stage.idle_weight * idle
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        for optim, lr in zip(optims, (stage.muon_lr, stage.adam_lr), strict=True):
-            optim.param_groups[0]["lr"] = lr * rate(stage, step)
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = group["peak"] * rate(stage, step)
             optim.step()
             optim.zero_grad()
         right_sum, broken_sum = right_sum + right.item(), broken_sum + broken.item()
@@ -274,7 +285,7 @@ def run_stage(
                 (time.monotonic() - since) / 25,
             )  # fmt: skip
             right_sum, broken_sum, since = 0.0, 0.0, time.monotonic()
-        if (step + 1) % 200 == 0:
+        if (step + 1) % 100 == 0:
             save()
     save()
 

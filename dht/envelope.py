@@ -22,9 +22,11 @@ from protocol.identity import peer_id_of, verify
 if TYPE_CHECKING:
     from protocol.identity import Identity
 
+# Messages of BadRecord hold nothing that a stranger chooses: readers count records by them.
 FORMAT = 1
 CONTEXT = b"potluck/1/record"
 MAX_RAW_BYTES = 8 << 10
+TOO_LARGE = f"the record is larger than {MAX_RAW_BYTES} bytes"
 MAX_KEY_CHARS = 200
 MAX_SEQUENCE = 2**63 - 1
 """A sequence is the nanosecond of issue, made to grow: comparable over restarts of a peer."""
@@ -60,7 +62,7 @@ def seal(identity: Identity, *, kind: str, key: str, sequence: int, expires_at: 
     statement = msgpack.packb([FORMAT, kind, key, sequence, float(expires_at), payload])
     raw = bytes(msgpack.packb([statement, identity.public_key_der, identity.sign(CONTEXT, statement)]))
     if len(raw) > MAX_RAW_BYTES:
-        raise BadRecord(f"the record has {len(raw)} bytes; {MAX_RAW_BYTES} are allowed")
+        raise BadRecord(TOO_LARGE)
     return raw
 
 
@@ -68,16 +70,16 @@ def unseal(raw: object) -> Envelope:
     """Check size, form and signature of what `seal` made. Says nothing about the time: see `check_expiry`.
 
     Raises:
-        BadRecord: anything else; `reason` tells in one word what.
+        BadRecord: it is anything else.
     """
     if not isinstance(raw, bytes):
         raise BadRecord("the record is not bytes")
     if len(raw) > MAX_RAW_BYTES:
-        raise BadRecord(f"the record has {len(raw)} bytes; {MAX_RAW_BYTES} are allowed")
+        raise BadRecord(TOO_LARGE)
     statement, public_key, signature = _parts(unpack(raw), bytes, bytes, bytes)
     version, kind, key, sequence, expires_at, payload = _parts(unpack(statement), int, str, str, int, float, bytes)
     if version != FORMAT:
-        raise BadRecord(f"the record has format {version}; this software reads format {FORMAT}")
+        raise BadRecord(f"the record's format is not {FORMAT}")
     if len(kind) > MAX_KEY_CHARS or len(key) > MAX_KEY_CHARS:
         raise BadRecord("the record's key is too long")
     if not 0 <= sequence <= MAX_SEQUENCE or not math.isfinite(expires_at):
@@ -105,8 +107,8 @@ def unpack(data: bytes) -> object:
     """
     try:
         return msgpack.unpackb(data, **UNPACK_LIMITS)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise BadRecord(f"the record does not unpack: {type(error).__name__}") from None
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError):
+        raise BadRecord("the record does not unpack") from None
 
 
 def _parts(value: object, *types: type) -> list[Any]:

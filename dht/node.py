@@ -14,6 +14,7 @@ import logging
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class SwarmNode:
         peer_id: this node's id in libp2p, base58.
         maddrs: under which addresses others join through this node, best first; empty for a client.
         verifier: shared with readers, so that each record's signature is checked once.
+        refused: records that this node did not store or believe, by reason; readers take and clear it.
     """
 
     def __init__(self, config: DhtConfig, identity: Identity | None, initial: Sequence[Maddr]) -> None:
@@ -60,6 +62,7 @@ class SwarmNode:
         self.peer_id = ""
         self.maddrs: tuple[str, ...] = ()
         self.verifier = Verifier()
+        self.refused: Counter[str] = Counter()
         self._daemon: _Daemon | None = None
         self._initial = {maddr.peer_id: maddr for maddr in initial}
         self._learned: dict[str, Maddr] = {}
@@ -160,7 +163,8 @@ class SwarmNode:
         return self._daemon
 
     async def _start(self, nearby: Sequence[Maddr]) -> None:
-        self._daemon = await _start_daemon(self.config, self.identity, self._key_path, nearby, self.verifier)
+        validator = PotluckValidator(self.verifier, self.now, self.refused)
+        self._daemon = await _start_daemon(self.config, self.identity, self._key_path, nearby, validator)
         self.peer_id, self.maddrs = self._daemon.peer_id, self._daemon.maddrs
 
     async def _restart(self) -> None:
@@ -275,7 +279,7 @@ async def _start_daemon(
     identity: Identity | None,
     key_path: Path | None,
     initial: Sequence[Maddr],
-    verifier: Verifier,
+    validator: PotluckValidator,
 ) -> _Daemon:
     texts = [str(maddr) for maddr in initial]
     p2p = await _start_p2pd(config, identity, key_path, texts)
@@ -289,7 +293,7 @@ async def _start_daemon(
                 client_mode=identity is None,
                 num_replicas=config.replicas,
                 wait_timeout=config.rpc_timeout_s,
-                record_validator=PotluckValidator(verifier, time.time),
+                record_validator=validator,
                 ensure_bootstrap_success=False,  # `_check_joined` tells the causes apart
                 # Caches would show old records, and grow: every read here is a full one.
                 cache_locally=False,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -19,7 +20,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from dht.config import MAX_EXPIRY_S
-from dht.envelope import MAX_RAW_BYTES, Envelope, unseal
+from dht.envelope import MAX_RAW_BYTES, TOO_LARGE, Envelope, unseal
 from protocol.errors import BadRecord
 
 MAX_PACKED_BYTES = MAX_RAW_BYTES + 16
@@ -67,22 +68,28 @@ class Verifier:
 
 
 class PotluckValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
-    """hivemind's hook: True if `record` may be stored here or believed when another node sends it."""
+    """hivemind's hook: True if `record` may be stored here or believed when another node sends it.
 
-    def __init__(self, verifier: Verifier, now: Any) -> None:
+    Attributes:
+        refused: how many records were not, by reason.
+    """
+
+    def __init__(self, verifier: Verifier, now: Callable[[], float], refused: Counter[str]) -> None:
+        self.refused = refused
         self._verifier = verifier
         self._now = now
 
     def validate(self, record: DHTRecord) -> bool:
         try:
             self._check(record)
-        except BadRecord:
+        except BadRecord as error:
+            self.refused[error.message] += 1
             return False
         return True
 
     def _check(self, record: DHTRecord) -> None:
         if len(record.value) > MAX_PACKED_BYTES or len(record.subkey) > 2 * MAX_PACKED_BYTES:
-            raise BadRecord("too large")
+            raise BadRecord(TOO_LARGE)
         envelope = self._verifier.unseal(_unpack(record.value))
         if _unpack(record.subkey) != envelope.signer:
             raise BadRecord("the subkey is not the signer")

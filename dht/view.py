@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,7 +38,7 @@ class SwarmView:
     Attributes:
         as_of: seconds since 1970 at which the swarm was read.
         models: the models that at least one peer serves, by name.
-        dropped: how many records were dropped at the last read, by reason.
+        dropped: how many records the last read dropped and our node refused since the read before, by reason.
     """
 
     as_of: float = 0.0
@@ -197,10 +197,15 @@ class SwarmReader:
         """
         async with self._refreshing:
             keys = self._keys()
-            await self._take(keys)
+            dropped = await self._take(keys)
             more = self._keys() - keys  # of models that the first read made known
             if more:
-                await self._take(more)
+                dropped += await self._take(more)
+            dropped += self._node.refused
+            self._node.refused.clear()
+            self._findings = replace(self._findings, dropped=MappingProxyType(dict(dropped)))
+            self.view = make_view(self._findings, self._node.now())
+            self._node.learn(maddr for peer in self._findings.peers.values() for maddr in peer.maddrs)
         async with self._changed:
             self._changed.notify_all()
         return self.view
@@ -225,13 +230,13 @@ class SwarmReader:
                 self._forget_expired()
             await asyncio.sleep(self._node.config.refresh_every_s)
 
-    async def _take(self, keys: set[str]) -> None:
+    async def _take(self, keys: set[str]) -> Counter[str]:
+        """Read these keys into `_findings`; what was dropped, by reason."""
         found = await self._node.read(sorted(keys))
         now = self._node.now()
         fresh = await asyncio.to_thread(sift, found, self._node.verifier, now)
         self._findings = merge(self._findings, fresh, now)
-        self.view = make_view(self._findings, now)
-        self._node.learn(maddr for peer in self._findings.peers.values() for maddr in peer.maddrs)
+        return Counter(fresh.dropped)
 
     def _forget_expired(self) -> None:
         self._findings = merge(self._findings, Findings(), self._node.now())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import grpc
 
+from dht.background import background
 from peer import memory
 from peer.budget import KvBudget
 from peer.compute import ComputeThread
@@ -39,18 +39,6 @@ HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32:
 MAX_STREAMS = 1024
 
 SOFTWARE = f"potluck/{version('potluck')}"
-
-
-@asynccontextmanager
-async def background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs `work` beside the body, and ends it with the body. Unlike in a TaskGroup the body's errors stay as they are."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +92,7 @@ class SpanHost:
         try:
             await host._listen()
             host.step_ms = await host._measure()
-            async with background(host._sweep()):
+            async with background(host._sweep(), "session-sweeper"):
                 yield host
         finally:
             await host._stop()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import psutil
 import torch
 
+from slicing.checkpoint import stored_tensors
+from slicing.source import ModelSource
+
 KV_SHARE = 0.25  # of the memory that is free after loading
 KV_TOKENS_MAX = 1 << 20
 KV_TOKENS_MIN = 512
@@ -17,6 +20,11 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available)
+
+
+def checkpoint_bytes(source: ModelSource) -> int:
+    """Bytes of all tensors of a model, as its files' headers tell."""
+    return sum(stored.nbytes for stored in stored_tensors(source).values())
 
 
 def kv_tokens(free: int, bytes_per_token: int) -> int:

@@ -68,9 +68,10 @@ def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int
 def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerError | BadMessage:
     """What a failed call means, where the peer did not send an error of its own."""
     detail = f"{error.code().name.lower().replace('_', ' ')}: {error.details() or 'no details'}"
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+    too_large = "larger than max" in (error.details() or "")  # grpc's words for a broken message limit
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not too_large:
         return PeerFull(f"the peer refused: {detail}", peer_id=peer_id)
-    if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED):
+    if too_large or error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED):
         return BadMessage(f"the peer did not understand: {detail}", peer_id=peer_id)
     if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
         return PeerFault(f"the peer failed: {detail}", peer_id=peer_id)

@@ -150,8 +150,8 @@ def load_certificate(der: bytes) -> x509.Certificate:
     try:
         certificate = x509.load_der_x509_certificate(der)
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
-        raise BadRecord(f"the certificate does not parse: {error}") from None
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm):
+        raise BadRecord("the certificate does not parse") from None
     if len(names) != 1:
         raise BadRecord("the certificate has no single common name")
     return certificate

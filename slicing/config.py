@@ -38,6 +38,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         BrokenCheckpoint, UnknownModel: see `read_config`.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     raw = read_config(source)
@@ -57,7 +58,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     folder = source.file("config.json").parent
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"transformers does not accept config.json of {source.name!r}: {error}") from error
     # transformers writes the folder here, which says nothing on another machine
     config.name_or_path = source.name

@@ -1,7 +1,7 @@
 """What a codec is: the checks and the copies that all codecs share; each codec adds what one row becomes.
 
-All codecs see a tensor as rows: `[..., width]` is `[rows, width]`, a scalar is one row of one value. Numbers lie on the wire
-in little-endian order, which is that of every machine that torch runs on.
+All codecs see a tensor as rows: `[..., width]` is `[rows, width]`, a scalar is one row of one value. Numbers lie on the
+wire in little-endian order, which is that of every machine that torch runs on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tensor_codecs.dtypes import FLOATS, dtype_name
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _MOST_DIMS: Final = 16
-# The product of a shape's non-zero dimensions stays under this, so that no stride or size overflows torch's 64 bits, not
-# even in a tensor that a zero elsewhere in the shape makes empty.
+# The product of a shape's non-zero dimensions stays under this, so that no stride or size overflows torch's 64 bits,
+# not even in a tensor that a zero elsewhere in the shape makes empty.
 _MOST_VALUES: Final = 2**56
 
 
@@ -67,8 +67,8 @@ class Codec(ABC):
             device: where the result shall lie. To CUDA there is one copy from the host, of the payload.
 
         Raises:
-            BadPayload: the shape, the dtype, the payload's size or what it holds is wrong. Shape, dtype and size are checked
-                before any memory is taken.
+            BadPayload: the shape, the dtype, the payload's size or what it holds is wrong. Shape, dtype and size are
+                checked before any memory is taken.
         """
         self._check_dtype(dtype)
         rows, width = _rows_of(shape)
@@ -98,7 +98,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _unpack(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 `[rows, _row_nbytes]` -> contiguous `[rows, width]` of `dtype` on the same device. May reuse `packed`."""
+        """uint8 `[rows, _row_nbytes]` -> contiguous `[rows, width]` of `dtype`, same device. May reuse `packed`."""
 
     def _check_rows(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> None:
         """Refuse bytes that no encoder writes, while they are still on the host: uint8 `[rows, _row_nbytes]`.

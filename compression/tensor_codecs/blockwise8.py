@@ -1,9 +1,9 @@
 """`blockwise8`: bitsandbytes' dynamic 8-bit map, as Petals and hivemind send activations.
 
-Each value becomes the index of the nearest of 256 levels, spaced by powers of ten with linear steps between (Dettmers et al.
-2021, arXiv:2110.02861), after division by its block's largest magnitude. Petals and hivemind cut the flattened tensor into blocks
-of 4096, across rows; here a block never leaves its row: it is the largest of bitsandbytes' block sizes that divides
-the row's width, else 64 with a short last block.
+Each value becomes the index of the nearest of 256 levels, spaced by powers of ten with linear steps between (Dettmers et
+al. 2021, arXiv:2110.02861), after division by its block's largest magnitude. Petals and hivemind cut the flattened
+tensor into blocks of 4096, across rows; here a block never leaves its row: it is the largest of bitsandbytes' block sizes
+that divides the row's width, else 64 with a short last block.
 
 A row of `width` values: uint8 `[width]` levels, then float32 `[blocks]` largest magnitudes.
 
@@ -13,6 +13,7 @@ bitsandbytes takes seconds to import and is imported at the first tensor, not be
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -47,11 +48,19 @@ class Blockwise8Codec(Codec):
         return torch.cat([levels[:, :width], scale.view(count, -1).view(torch.uint8)], dim=1)
 
     def _unpack(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise
+        from bitsandbytes.functional import dequantize_blockwise
 
         size = block_size(width)
         levels = torch.nn.functional.pad(packed[:, :width], (0, -width % size))
         scale = packed[:, width:].contiguous().view(torch.float32).view(-1)
-        code = create_dynamic_map().to(packed.device)
-        values = dequantize_blockwise(levels, absmax=scale, code=code, blocksize=size)
+        values = dequantize_blockwise(levels, absmax=scale, code=_code(packed.device), blocksize=size)
         return values[:, :width].to(dtype).contiguous()
+
+
+@lru_cache(maxsize=16)
+def _code(device: torch.device) -> torch.Tensor:
+    """float32 `[256]`: the levels, which bitsandbytes counts anew at each call."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    code: torch.Tensor = create_dynamic_map().to(device)  # type: ignore[no-untyped-call,unused-ignore]
+    return code

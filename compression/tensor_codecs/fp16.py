@@ -1,7 +1,7 @@
 """`fp16`: IEEE half precision. NaN and Inf are kept.
 
-Overflow follows IEEE: a magnitude of 65520 or more becomes infinite. It is not clamped to 65504, since a wrong finite number
-would pass unseen where an infinity does not. Models whose activations go that far (Gemma 3 does) need `bf16` or `int8`.
+Overflow follows IEEE: a magnitude of 65520 or more becomes infinite. It is not clamped to 65504, since a wrong finite
+number would pass unseen where an infinity does not. Models whose activations go that far need `bf16` or `int8`.
 Magnitudes under 6e-8 become 0.
 """
 

@@ -42,7 +42,7 @@ def negotiate(ours: Iterable[str], theirs: Iterable[str], wanted: str) -> str:
     """The codec for one connection: `wanted` where both sides have it, else the most preferred one that both have.
 
     Args:
-        ours, theirs: the names that each side offers. Names that we do not know, as a newer peer may send, are passed over.
+        ours, theirs: the names that each side offers. Names that we do not know, as of a newer peer, are passed over.
         wanted: the configured codec.
 
     Raises:

@@ -209,7 +209,7 @@ def test_illegal_cuts_are_refused_before_anything_is_read(
     monkeypatch.setattr("slicing.loading.read_tensor", None)
     with pytest.raises(IllegalCut) as refused:
         load_span(source("gemma3n"), Span(0, 4))
-    assert refused.value.nearest == ("0:3", "0:6")
+    assert refused.value.nearest == ("0:2", "0:6")
 
 
 def test_two_models_of_one_architecture_do_not_disturb_each_other(source: Callable[[str], ModelSource]) -> None:

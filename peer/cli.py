@@ -1,0 +1,115 @@
+"""`python -m peer serve`: share this machine. What others need to join goes to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peer.config import SECTION, PeerConfig
+from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
+from protocol.settings import load
+
+if TYPE_CHECKING:
+    from dht.config import DhtConfig
+    from peer.server import Peer
+
+DRAIN_S = 1.0  # between the word that this peer leaves and its leaving
+
+
+@click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="potluck")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
+def cli(verbose: int) -> None:
+    """Share this machine: serve some blocks of a model to a swarm."""
+    tame_libraries()
+    set_up_logging(verbose)
+
+
+@cli.command()
+@config_options(PeerConfig)
+def serve(**options: Any) -> None:
+    """Serve blocks of a model until Ctrl-C.
+
+    Without --join it joins the swarm that it finds (on this machine, known from earlier, in the local network), else it
+    starts one and prints how others join.
+
+    \b
+    Examples:
+      python -m peer serve --blocks 10:20
+      python -m peer serve --num-blocks 4 --join /ip4/192.0.2.7/tcp/31330/p2p/Qm...
+      python -m peer serve --model ~/models/qwen3-8b --device cuda --port 31331
+    """
+    config = load(PeerConfig, options, section=SECTION)
+    asyncio.run(_serve(config, _dht_config(config)))
+
+
+def _dht_config(config: PeerConfig) -> DhtConfig:
+    """The peer's DHT settings: what the peer's flags say, the rest from [dht]."""
+    from dht.config import DhtConfig
+
+    base = load(DhtConfig, {}, section="dht")
+    return replace(
+        base,
+        join=config.join,
+        new_swarm=config.new_swarm,
+        host=config.host,
+        port=config.dht_port,
+        announce_host=config.announce_host,
+        lan=config.lan and base.lan,
+    )
+
+
+async def _serve(config: PeerConfig, dht_config: DhtConfig) -> None:
+    from peer.progress import LoadingBar
+    from peer.server import open_peer
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stopped() -> None:
+        if stop.is_set():
+            os._exit(128 + signal.SIGTERM)  # a second signal: at once
+        stop.set()
+        click.echo("leaving the swarm; once more to leave at once", err=True)
+
+    opening = asyncio.current_task()
+    assert opening is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, opening.cancel)  # while the peer starts
+    with LoadingBar() as bar:
+        try:
+            async with open_peer(config, dht_config, progress=bar, say=_say) as peer:
+                bar.close()
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, stopped)
+                _show(peer)
+                await stop.wait()
+                await peer.drain()
+                await asyncio.sleep(DRAIN_S)
+        except asyncio.CancelledError:
+            _say("stopped before it served")
+
+
+def _say(text: str) -> None:
+    click.echo(f"· {text}", err=True)
+
+
+def _show(peer: Peer) -> None:
+    """What others need. The first lines are for people, but their form is kept: programs read them."""
+    host, record = peer.host, peer.record()
+    click.echo(f"peer {record.peer_id} serves blocks {record.span} of {host.served.model} at {record.addresses[0]}")
+    for maddr in peer.node.maddrs[:1]:
+        click.echo(f"join {maddr}")
+    click.echo(
+        f"{host.served.n_blocks} blocks in all; room for {host.budget.tokens_total} tokens; "
+        f"{host.step_ms or 0:.1f} ms per token.\n"
+        f"Others join with:  python -m peer serve --join {peer.node.maddrs[0]}\n"
+        "On this machine:   python -m client chat\n"
+        "Ctrl-C leaves.",
+        err=True,
+    )
