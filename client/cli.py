@@ -78,7 +78,7 @@ def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any
         answer(model, tokenizer, ids, sampling, _write)
         click.echo()
         if stats:
-            click.echo(model.report(), err=True)
+            click.echo(model.summary(), err=True)
 
 
 @cli.command()

@@ -28,7 +28,7 @@ class Hop:
 
     def __init__(self, link: Link, channel: grpc.aio.Channel, *, open_timeout_s: float, step_timeout_s: float) -> None:
         self.link = link
-        self._stub = pb_grpc.PeerStub(channel)
+        self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
         self._open_timeout_s = open_timeout_s
         self._step_timeout_s = step_timeout_s
         self._call: Any = None

@@ -44,7 +44,9 @@ class Entry:
         seen: dict[str, int] = {}  # a joined entry has several parts of one name
         for part in self.parts:
             # An attention mask covers the past too.
-            budget = self.position + tokens if part.spec.name == ATTENTION_MASK else tokens - seen.get(part.spec.name, 0)
+            budget = (
+                self.position + tokens if part.spec.name == ATTENTION_MASK else tokens - seen.get(part.spec.name, 0)
+            )
             size = part.spec.keep or part.spec.shape[token_axis(part.spec.name)]
             seen[part.spec.name] = seen.get(part.spec.name, 0) + size
             if budget > 0:

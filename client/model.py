@@ -67,7 +67,7 @@ def _common_prefix(a: Tensor, b: Tensor) -> int:
     return int(equal.long().cumprod(0).sum())
 
 
-class SwarmModel(Head):
+class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
     """What `SwarmModelForCausalLM.from_pretrained` gives: an instance of the architecture's class, and of this one.
 
     `generate`, `forward` and the rest are Hugging Face's. Use it as a context manager, or `close` it.
@@ -98,13 +98,14 @@ class SwarmModel(Head):
             self._session = None
             self.blocks.release(session.cache)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Hugging Face's `generate`; within `session()` it continues the session."""
+        generate = cast(Any, super()).generate
         session = self._session
         given = inputs if inputs is not None else kwargs.get("input_ids")
         if session is None or given is None or "past_key_values" in kwargs:
-            return super().generate(inputs, **kwargs)
-        output = super().generate(inputs, past_key_values=session.align(given), **kwargs)
+            return generate(inputs, **kwargs)
+        output = generate(inputs, past_key_values=session.align(given), **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         session.note(sequences if self._rows_kept(sequences, given, kwargs) else None)
         return output
@@ -115,7 +116,7 @@ class SwarmModel(Head):
         beams = kwargs.get("num_beams") or config.num_beams or 1
         return beams == 1 and sequences.shape[0] == given.shape[0]
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         session = self._session
@@ -128,9 +129,9 @@ class SwarmModel(Head):
         """The chain that answered last."""
         return self.blocks.last_chain
 
-    def report(self) -> str:
-        """One sentence on the last answer: the chain, steps, time per step."""
-        return self.blocks.report()
+    def summary(self) -> str:
+        """One sentence on the session that was used last: its chain, steps, time per step, reroutes."""
+        return self.blocks.summary()
 
     def close(self) -> None:
         """Leaves the swarm, if this model joined it by itself."""

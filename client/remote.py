@@ -15,7 +15,7 @@ from torch import Tensor
 from client.chain import Link
 from client.config import ClientConfig
 from client.journal import Entry, Part
-from client.session import Session, SessionSpec
+from client.session import Session, SessionSpec, SessionStats
 from client.swarm import Swarm
 from protocol.errors import PeerFault
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
@@ -51,6 +51,7 @@ class RemoteBlocks:
         self.on_event = on_event
         self.expected_tokens = 0
         self.last_chain: tuple[Link, ...] = ()
+        self.last_stats = SessionStats()
 
     def run(
         self,
@@ -82,7 +83,7 @@ class RemoteBlocks:
                 if cache is not None:
                     cache.pending.clear()  # they are done, even if a later chunk fails
         finally:
-            self.last_chain = session.chain
+            self.last_chain, self.last_stats = session.chain, session.stats
             if cache is None:
                 self._swarm.call(session.close())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
@@ -96,6 +97,13 @@ class RemoteBlocks:
         session, cache.handle = self.session_of(cache), None
         if session is not None:
             self._swarm.call(session.close())
+
+    def summary(self) -> str:
+        """One sentence on the session that was used last."""
+        stats = self.last_stats
+        chain = " -> ".join(f"{link.span} at {link.peer.peer_id[-8:]}" for link in self.last_chain) or "no chain"
+        per_step_ms = stats.busy_s / max(1, stats.steps) * 1e3
+        return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes"
 
     def _session(self, cache: RemoteCache | None, rows: int) -> Session:
         if cache is not None and isinstance(cache.handle, Session):
@@ -117,7 +125,9 @@ class RemoteBlocks:
     def _event(self, text: str) -> None:
         self.on_event(text)
 
-    def _chunks(self, tensors: dict[str, Tensor], start: int, *, stateless: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _chunks(
+        self, tensors: dict[str, Tensor], start: int, *, stateless: bool
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """A long prompt in pieces of at most `prefill_tokens`; (offset in tokens, tensors) each."""
         hidden = tensors[HIDDEN]
         total = hidden.shape[-2]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -65,6 +66,7 @@ class SessionStats:
     tokens: int = 0  # rows x tokens sent through the chain, replays not counted
     replayed_tokens: int = 0
     reroutes: int = 0
+    busy_s: float = 0.0  # in steps, recoveries counted
 
 
 class Patience:
@@ -130,7 +132,7 @@ class Session:
     # ------------------------------------------------------------------ the decode path
 
     async def step(self, entry: Entry) -> StepResult:
-        """One pass of `entry` through the whole chain; lost hops are replaced on the way. Returns the last hop's result.
+        """One pass of `entry` through the whole chain. Lost hops are replaced on the way. Returns the last result.
 
         Where this raises, or is cancelled, the session stays as it was before the step; the next one replays it.
 
@@ -138,6 +140,7 @@ class Session:
             BlocksMissing: some blocks had no peer for `wait_s`.
             PotluckError: an error that no other peer could cure.
         """
+        started_s = time.perf_counter()
         try:
             return await self._pass(entry)
         except BaseException:
@@ -145,6 +148,8 @@ class Session:
                 hop.abandon()
             self._hops.clear()
             raise
+        finally:
+            self.stats.busy_s += time.perf_counter() - started_s
 
     async def _pass(self, entry: Entry) -> StepResult:
         inputs = {0: entry}  # what enters each hop in this step, by block boundary
@@ -274,8 +279,7 @@ class Session:
         """Sends the first hop's journal through the new hops. Returns the new boundaries' journals."""
         made = {hop.link.span.start: Journal() for hop in hops[1:]}
         source = self._journals.get(hops[0].link.span.start, Journal())
-        step_id = 0
-        for entry in source.batches(REPLAY_TOKENS):
+        for step_id, entry in enumerate(source.batches(REPLAY_TOKENS)):
             current = entry
             for hop in hops:
                 step = replace(self._step(current), step_id=step_id, position=entry.position)
@@ -288,7 +292,6 @@ class Session:
                 if hop is not hops[-1]:
                     current = _onward(entry, result)
                     made[hop.link.span.stop].append(current)
-            step_id += 1
             self.stats.replayed_tokens += entry.rows * entry.tokens
         return made
 

@@ -75,7 +75,9 @@ def _sentence(model: dict[str, Any]) -> str:
         return f"[bold]{escape(model['name'])}[/]: [red]blocks {', '.join(missing)} have no peer[/]"
     weakest = min(model["replicas"])
     peers = "peer" if weakest == 1 else "peers"
-    return f"[bold]{escape(model['name'])}[/]: all {model['n_blocks']} blocks are served, the weakest by {weakest} {peers}"
+    return (
+        f"[bold]{escape(model['name'])}[/]: all {model['n_blocks']} blocks are served, the weakest by {weakest} {peers}"
+    )
 
 
 def _bar(blocks: str, n_blocks: int, width: int = 24) -> str:

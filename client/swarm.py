@@ -154,9 +154,7 @@ class Swarm:
         """The channel to a peer, shared by all sessions, pinned to the certificate in its record."""
         key = (peer.peer_id, peer.addresses[0], peer.certificate_der)
         if key not in self._channels:
-            self._channels[key] = open_channel(
-                peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES
-            )
+            self._channels[key] = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
         return self._channels[key]
 
     def _begin_close(self, session: Closable) -> None:
@@ -168,7 +166,7 @@ class Swarm:
         try:
             with asyncio.Runner(loop_factory=_new_loop) as runner:
                 runner.run(self._main())
-        except BaseException as error:  # noqa: BLE001 - the thread's outer edge: whoever waits for it must hear
+        except BaseException as error:
             if not self._ready.done():
                 self._ready.set_exception(error)
             elif not isinstance(error, PotluckError):

@@ -111,7 +111,7 @@ class _Writer(TextStreamer):
     """Hands finished pieces of text to a function."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

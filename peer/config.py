@@ -21,11 +21,14 @@ class PeerConfig:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "Hub id, local folder or potluck-demo. Not given: the swarm's only model; alone: potluck-demo."},
+        metadata={
+            "help": "Hub id, local folder or potluck-demo. Not given: the swarm's only model; alone: potluck-demo."
+        },
     )
     blocks: str | None = field(default=None, metadata={"help": "The blocks to serve, FIRST:END, e.g. 10:20."})
     num_blocks: int | None = field(
-        default=None, metadata={"help": "How many blocks to serve, where the swarm is weakest. Not given: all that fit."}
+        default=None,
+        metadata={"help": "How many blocks to serve, where the swarm is weakest. Not given: all that fit."},
     )
     join: tuple[str, ...] = field(
         default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm to join; may be repeated."}
@@ -37,7 +40,9 @@ class PeerConfig:
     announce_host: str | None = field(
         default=None, metadata={"help": "Host that others reach this peer at, if it is not the one it listens on."}
     )
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."})
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Number format to compute in; auto: the checkpoint's, float32 on a CPU."}
     )
@@ -50,7 +55,9 @@ class PeerConfig:
     resume_s: float = field(
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
     )
-    threads: int | None = field(default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
+    )
     public_name: str | None = field(default=None, metadata={"help": "A name to be shown on health pages."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
 

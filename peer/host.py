@@ -13,6 +13,7 @@ from importlib.metadata import version
 import grpc
 
 from dht.background import background
+from dht.record import State
 from peer import memory
 from peer.budget import KvBudget
 from peer.compute import ComputeThread
@@ -54,11 +55,13 @@ class Served:
 class SpanHost:
     """A loaded span, its sessions, its compute thread and its gRPC server. Make one with `open`."""
 
-    def __init__(self, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, kv_tokens: int) -> None:
+    def __init__(
+        self, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, kv_tokens: int
+    ) -> None:
         self.model = model
         self.served = served
         self.identity = identity
-        self.state = "joining"
+        self.state: State = "joining"
         self.port = 0
         self.step_ms: float | None = None
         self.budget = KvBudget(kv_tokens, len(model.span))
@@ -105,13 +108,15 @@ class SpanHost:
 
     async def _listen(self) -> None:
         self._server = grpc.aio.server(options=server_options(MESSAGE_BYTES), maximum_concurrent_rpcs=MAX_STREAMS)
-        pb_grpc.add_PeerServicer_to_server(self.service, self._server)
+        pb_grpc.add_PeerServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]  # generated
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         address = f"{host}:{self._config.port}"
         try:
             self.port = self._server.add_secure_port(address, server_credentials(self.identity))
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen at {address}: is another program using it? choose another --port") from error
+            raise ConfigError(
+                f"cannot listen at {address}: is another program using it? choose another --port"
+            ) from error
         await self._server.start()
 
     async def _stop(self) -> None:

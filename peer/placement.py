@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from protocol.errors import ConfigError
 from protocol.span import Span
@@ -21,12 +22,12 @@ def choose_span(n_blocks: int, legal_cuts: Sequence[int], served: Iterable[Span]
     for span in served:
         for block in range(span.start, min(span.stop, n_blocks)):
             replicas[block] += 1
-    windows = [
-        Span(start, stop) for start in legal_cuts for stop in legal_cuts if 0 < stop - start <= num_blocks
-    ]
+    windows = [Span(start, stop) for start in legal_cuts for stop in legal_cuts if 0 < stop - start <= num_blocks]
     if not windows:
-        smallest = min(b - a for a, b in zip(legal_cuts, legal_cuts[1:], strict=False))
-        raise ConfigError(f"this model cannot be cut into spans of {num_blocks} blocks; --num-blocks {smallest} at least")
+        smallest = min(b - a for a, b in pairwise(legal_cuts))
+        raise ConfigError(
+            f"this model cannot be cut into spans of {num_blocks} blocks; --num-blocks {smallest} at least"
+        )
     most = max(replicas)
 
     def weakness(span: Span) -> tuple[list[int], int, int]:

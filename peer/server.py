@@ -206,6 +206,7 @@ def _device(config: PeerConfig) -> torch.device:
 
 def _load(config: PeerConfig, source: ModelSource, span: Span, progress: Progress | None) -> SpanModel:
     device = _device(config)
+    dtype: torch.dtype | None
     if config.dtype != "auto":
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
     else:

@@ -121,7 +121,7 @@ class PeerService(pb_grpc.PeerServicer):
             result = await self._compute.run(self._worker.execute, session, step, time.perf_counter())
         except PotluckError:
             raise
-        except Exception as error:  # noqa: BLE001 - the outer edge of a request: a bug must not end the peer
+        except Exception as error:
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
         session.last_used_s = time.monotonic()

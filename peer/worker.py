@@ -102,7 +102,9 @@ class Worker:
         if spec.name not in self._inputs:
             raise BadMessage(f"this model has no input named {spec.name!r}")
         if spec.codec not in self._codecs:
-            raise BadMessage(f"codec {spec.codec!r} was not agreed on; this peer takes {', '.join(sorted(self._codecs))}")
+            raise BadMessage(
+                f"codec {spec.codec!r} was not agreed on; this peer takes {', '.join(sorted(self._codecs))}"
+            )
         fewest = 3 if spec.name == HIDDEN else 2
         if len(spec.shape) < fewest or spec.keep > spec.shape[token_axis(spec.name)]:
             raise BadMessage(f"tensor {spec.name!r} of shape {spec.shape} with {spec.keep} tokens to keep")

@@ -1,1 +1,1 @@
-"""What is said on the wire, and who says it: messages, frames, errors, identity. Knows nothing about tensors' values."""
+"""What is said on the wire, and who says it: messages, frames, errors, identity. Tensors are bytes here."""

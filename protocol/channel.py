@@ -17,7 +17,7 @@ from protocol.identity import Identity, common_name, load_certificate
 
 KEEPALIVE_EVERY_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
-"""A dead TCP connection is noticed after at most 15 s without traffic; steps have their own, shorter, deadlines."""
+"""A dead TCP connection is noticed 15 s after the last sign of life at most; steps have their own, shorter, deadlines."""
 MIN_PING_GAP_MS = 5_000
 """Below what clients send: a stricter server would end their connections with `too_many_pings`."""
 RECONNECT_MIN_MS = 100
@@ -84,6 +84,7 @@ def _shared_options(max_message_bytes: int) -> Sequence[Option]:
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", KEEPALIVE_EVERY_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # else 60 s pass before an unanswered ping counts
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     )

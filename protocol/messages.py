@@ -35,7 +35,7 @@ CACHE_OPS = frozenset({"crop", "reorder", "repeat", "select", "reset", "record_p
 
 
 def token_axis(name: str) -> int:
-    """Where a step's tensor counts its tokens: hidden states are [..., rows, tokens, width], all others [rows, tokens, ...]."""
+    """Where a step's tensor counts its tokens: hidden states are [..., rows, tokens, width], others [rows, tokens]."""
     return -2 if name == HIDDEN else 1
 
 

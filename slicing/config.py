@@ -61,12 +61,27 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"transformers does not accept config.json of {source.name!r}: {error}") from error
     # transformers writes the folder here, which says nothing on another machine
+    config = part_that_writes(config)
     config.name_or_path = source.name
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"model {source.name!r} is stored quantised, which Potluck cannot load yet; name one that is not"
         )
-    return cast("PreTrainedConfig", config)
+    return config
+
+
+def part_that_writes(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text part of a composite configuration whose causal LM class takes only that; any other as it is.
+
+    (qwen3_5 has one class for text and one for all; gemma3 has one class for both.)
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        wanted = model_class(config).config_class
+        if wanted is not type(config) and wanted is config.sub_configs.get("text_config"):
+            return text_config(config)
+    return config
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

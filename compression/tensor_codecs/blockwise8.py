@@ -1,14 +1,14 @@
 """`blockwise8`: bitsandbytes' dynamic 8-bit map, as Petals and hivemind send activations.
 
-Each value becomes the index of the nearest of 256 levels, spaced by powers of ten with linear steps between (Dettmers et
-al. 2021, arXiv:2110.02861), after division by its block's largest magnitude. Petals and hivemind cut the flattened
-tensor into blocks of 4096, across rows; here a block never leaves its row: it is the largest of bitsandbytes' block sizes
-that divides the row's width, else 64 with a short last block.
+Each value becomes the index of the nearest of 256 levels, spaced by powers of ten with linear steps between (Dettmers
+et al. 2021, arXiv:2110.02861), after division by its block's largest magnitude. Petals and hivemind cut the flattened
+tensor into blocks of 4096, across rows; here a block never leaves its row: it is the largest of bitsandbytes' block
+sizes that divides the row's width, else 64 with a short last block.
 
 A row of `width` values: uint8 `[width]` levels, then float32 `[blocks]` largest magnitudes.
 
-A block that holds NaN or Inf decodes to NaN in whole (bitsandbytes alone would make a number of a NaN).
-bitsandbytes takes seconds to import and is imported at the first tensor, not before.
+A block that holds NaN or Inf decodes to NaN in whole (bitsandbytes alone would make a number of a NaN). bitsandbytes
+takes seconds to import and is imported at the first tensor, not before.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Blockwise8Codec(Codec):
 
         size = block_size(width)
         levels = torch.nn.functional.pad(packed[:, :width], (0, -width % size))
-        scale = packed[:, width:].contiguous().view(torch.float32).view(-1)
+        scale = packed[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32).view(-1)
         values = dequantize_blockwise(levels, absmax=scale, code=_code(packed.device), blocksize=size)
         return values[:, :width].to(dtype).contiguous()
 

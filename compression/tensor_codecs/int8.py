@@ -1,14 +1,14 @@
 """`int8`, the default: 8 bits per value under one scale per 64 values, and each row's largest values exactly.
 
-Hidden states hold a few channels that are tens to thousands of times larger than the rest. Under one scale, such a value
-leaves its 63 neighbours next to no bits. So the largest values are taken out first ("outliers") and travel beside the
-others in the tensor's own dtype; what is left of each block sets the block's scale. The idea is LLM.int8()'s (Dettmers et
-al. 2022, arXiv:2208.07339); here the *number* of outliers is fixed by the row's width, so that a payload's size says
-nothing about the values and no kernel waits for a count.
+Hidden states hold a few channels that are tens to thousands of times larger than the rest. Under one scale, such a
+value leaves its 63 neighbours next to no bits. So the largest values are taken out first ("outliers") and travel
+beside the others in the tensor's own dtype; what is left of each block sets the block's scale. The idea is
+LLM.int8()'s (Dettmers et al. 2022, arXiv:2208.07339); here the *number* of outliers is fixed by the row's width, so
+that a payload's size says nothing about the values and no kernel waits for a count.
 
-A row of `width` values has `blocks = ceil(width / 64)` blocks, the last one perhaps short. The 8 blocks with the largest
-peaks (an eighth of the blocks where there are more than 64, all where there are fewer than 8) are the outliers' homes:
-of each, the 3 largest values are outliers. A row's bytes, little-endian:
+A row of `width` values has `blocks = ceil(width / 64)` blocks, the last one perhaps short. The 8 blocks with the
+largest peaks (an eighth of the blocks where there are more than 64, all where there are fewer than 8) are the
+outliers' homes: of each, the 3 largest values are outliers. A row's bytes, little-endian:
 
     int8     [width]      the values, over their block's scale; at an outlier's place they mean nothing
     bfloat16 [blocks]     scales: the largest magnitude left in the block / 127
@@ -17,10 +17,10 @@ of each, the 3 largest values are outliers. A row's bytes, little-endian:
 
 Neither scales nor outliers are float16 unless the tensor is, because activations of some models overflow it.
 
-NaN and Inf count as the largest magnitudes: up to 3 in a block, in the homes, are kept exactly. The rest of a block with
-one that did not fit decodes to NaN, as does that of one with float64 values beyond float32's range. Blocks whose largest
-magnitude is under 1e-35 are right to 1e-36 only. Finite values in the last 0.5 % of float32's or bfloat16's range may
-decode to infinity; float16's stay finite.
+NaN and Inf count as the largest magnitudes: up to 3 in a block, in the homes, are kept exactly. The rest of a block
+with one that did not fit decodes to NaN, as does that of one with float64 values beyond float32's range. Blocks whose
+largest magnitude is under 1e-35 are right to 1e-36 only. Finite values in the last 0.5 % of float32's or bfloat16's
+range may decode to infinity; float16's stay finite.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from tensor_codecs.base import Codec
 BLOCK: Final = 64
 _PER_HOME: Final = 3
 _PLACE: Final = BLOCK - 1
-# Without its sign and with its 6 lowest bits cleared, a float32 seen as an integer orders as its magnitude does, Inf and
-# NaN above all numbers, and there is room for the value's place in its block: a sort finds values and places at once.
+# Without its sign and with its 6 lowest bits cleared, a float32 seen as an integer orders as its magnitude does, Inf
+# and NaN above all numbers, and there is room for the value's place in its block: a sort finds both at once.
 _KEY: Final = 0x7FFFFFFF & ~_PLACE
 _VALUES_AT_ONCE: Final = 2**19  # bounds the scratch memory, however long the prompt
 
@@ -122,8 +122,8 @@ def _pack_rows(rows: torch.Tensor, layout: _Layout) -> torch.Tensor:
         peak.clamp_min_(0)
         position.clamp_max_(layout.width - 1)
 
-    # No clamps: rounded to bfloat16 a scale is at most 2**-9 too small, and 127.25 rounds to 127. In a block of zeros the
-    # inverse is infinite and the quotients NaN, which become 0. An outlier's own place takes any number: nobody reads it.
+    # No clamps: rounded to bfloat16 a scale is at most 2**-9 too small, and 127.25 rounds to 127. In a block of zeros
+    # the inverse is infinite and the quotients NaN, which become 0. What lands at an outlier's place nobody reads.
     scale = peak.view(torch.float32).mul_(1 / 127).to(torch.bfloat16)
     inverse = scale.to(torch.float32).reciprocal_().unsqueeze(-1)
     quantized = torch.mul(values, inverse, out=scratch).round_().view(rows.shape[0], -1)
@@ -179,8 +179,9 @@ def _take_outliers_numpy(keys: torch.Tensor, peak: torch.Tensor, homes: int) -> 
 def _unpack_rows(packed: torch.Tensor, layout: _Layout, dtype: torch.dtype) -> torch.Tensor:
     """uint8 `[rows, row_nbytes]` -> `[rows, width]` of any float dtype."""
     quantized, scale, index, outliers = packed.split_with_sizes(layout.parts, dim=1)
-    scale = scale.contiguous().view(torch.bfloat16).to(torch.float32)
-    position = index.contiguous().view(layout.index_dtype).to(torch.int64)
+    # Clones, because parts of a row do not start where their dtypes may.
+    scale = _clone(scale).view(torch.bfloat16).to(torch.float32)
+    position = _clone(index).view(layout.index_dtype).to(torch.int64)
 
     values = quantized.view(torch.int8).to(torch.float32)
     if layout.padding:
@@ -190,7 +191,11 @@ def _unpack_rows(packed: torch.Tensor, layout: _Layout, dtype: torch.dtype) -> t
         values = values[:, : layout.width].contiguous()
     if dtype == torch.float16:
         values.clamp_(-65504.0, 65504.0)  # a scale that was rounded up must not make infinities of the largest numbers
-    return values.to(dtype).scatter_(1, position, outliers.contiguous().view(dtype))
+    return values.to(dtype).scatter_(1, position, _clone(outliers).view(dtype))
+
+
+def _clone(part: torch.Tensor) -> torch.Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _parts(rows: torch.Tensor, at_once: int) -> list[torch.Tensor]:

@@ -79,7 +79,9 @@ def test_keys_are_not_shown(identity: Identity) -> None:
     assert repr(identity) == f"Identity(peer_id={identity.peer_id!r})"
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:40], lambda data: data + b"x", lambda data: b"x"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:40], lambda data: data + b"x", lambda data: b"x"]
+)
 def test_a_damaged_key_file_is_an_error_that_names_it_and_keeps_it(tmp_path: Path, damage: object) -> None:
     Identity.load_or_create(tmp_path)
     path = tmp_path / "peer.key"
@@ -175,7 +177,11 @@ def test_no_other_signature_is(identity: Identity, other: Identity) -> None:
 
 
 def test_keys_that_are_slow_to_verify_are_refused() -> None:
-    for key in (rsa.generate_private_key(3, 2048), rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256R1())):
+    for key in (
+        rsa.generate_private_key(3, 2048),
+        rsa.generate_private_key(65537, 1024),
+        ec.generate_private_key(ec.SECP256R1()),
+    ):
         public = spki(key.public_key())
         with pytest.raises(BadRecord, match="public key"):
             verify(peer_id_of(public), public, CONTEXT, BODY, b"")

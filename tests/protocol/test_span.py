@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def test_missing_spans_are_exactly_the_uncovered_blocks(covered: list[Span], n_b
     gaps = missing_spans(covered, n_blocks)
     uncovered = {b for b in range(n_blocks) if not any(b in span for span in covered)}
     assert {b for gap in gaps for b in range(gap.start, gap.stop)} == uncovered
-    assert all(first.stop < second.start for first, second in zip(gaps, gaps[1:], strict=False)), "gaps are maximal"
+    assert all(first.stop < second.start for first, second in pairwise(gaps)), "gaps are maximal"
 
 
 @given(spans(), spans())

@@ -75,6 +75,22 @@ _SHARED_KV = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
 }
+# Of as many blocks as the text part, so that the search for the stack has to tell the two apart.
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": N_BLOCKS,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {
+    "depth": N_BLOCKS,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+}
 
 REQUIRED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _common()),
@@ -277,6 +293,45 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", _common(head_dim=16)),
     "biogpt": ("biogpt", _common()),
     "nanochat": ("nanochat", _common()),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": _common(
+                **_SLIDING, layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2
+            ),
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 256,
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": {"model_type": "mistral", **_common(sliding_window=8)},
+            "vision_config": {"model_type": "pixtral", **_VISION, "head_dim": 16},
+            "image_token_index": 256,
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": _common(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            "vision_config": _QWEN_VISION,
+            "image_token_id": 256,
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        {"text_config": _common(**_LINEAR, head_dim=16), "vision_config": _QWEN_VISION, "image_token_id": 256},
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": {"model_type": "llama", **_common()},
+            "vision_config": {"model_type": "clip_vision_model", **_VISION},
+            "image_token_index": 256,
+        },
+    ),
 }
 """Architectures that pass too."""
 
@@ -296,11 +351,15 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0, shard_size: str =
 
     Every parameter is noise, norms and biases too, so that a block that is skipped, doubled or swapped shows.
     """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
     from slicing.config import model_class
 
     torch.manual_seed(seed)
     config = make_config(name)
-    model = model_class(config)._from_config(config, dtype=torch.float32)
+    # Composite checkpoints hold all their parts, also where the text part has a class of its own.
+    cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config)) or model_class(config)
+    model = cls._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             # Recurrences with a random decay would overflow.

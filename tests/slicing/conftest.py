@@ -51,8 +51,8 @@ def unsplit(source: Callable[[str], ModelSource]) -> Callable[[str], Any]:
     """unsplit("llama"): the model as transformers loads it."""
 
     def load(name: str) -> Any:
-        found = source(name)
-        cls: Any = model_class(load_config(found))
-        return cls.from_pretrained(found.location, dtype=torch.float32).eval()
+        config = load_config(source(name))
+        cls: Any = model_class(config)
+        return cls.from_pretrained(source(name).location, config=config, dtype=torch.float32).eval()
 
     return load

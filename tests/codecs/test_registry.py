@@ -1,0 +1,60 @@
+"""Names, the default, and what two sides agree on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensor_codecs import DEFAULT, Codec, codec, names, negotiate, registry
+
+from protocol.errors import ConfigError
+
+offers = st.lists(st.sampled_from([*names(), "int4", ""]))
+
+
+def test_names() -> None:
+    assert names() == ("int8", "bf16", "fp16", "blockwise8", "none")
+    assert DEFAULT == names()[0]
+    for name in names():
+        assert isinstance(codec(name), Codec)
+        assert codec(name).name == name
+
+
+@pytest.mark.parametrize("name", ["", "INT8", "int4", "x" * 10_000, None, 8])
+def test_an_unknown_name_is_a_configuration_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="there are: int8") as caught:
+        codec(name)
+    assert len(str(caught.value)) < 200
+    with pytest.raises(ConfigError):
+        negotiate(names(), names(), name)
+
+
+@given(offers, offers, st.sampled_from(names()))
+def test_negotiation(ours: list[str], theirs: list[str], wanted: str) -> None:
+    common = set(ours) & set(theirs) & set(names())
+    if not common:
+        with pytest.raises(ConfigError, match="no codec in common"):
+            negotiate(ours, theirs, wanted)
+        return
+    agreed = negotiate(ours, theirs, wanted)
+    assert agreed in common
+    assert agreed == wanted or wanted not in common
+    assert agreed == negotiate(theirs, ours, wanted)
+    if agreed != wanted:
+        assert agreed == min(common, key=names().index)
+
+
+def test_without_bitsandbytes_its_codec_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda _: None)
+    assert "blockwise8" not in names()
+    with pytest.raises(ConfigError, match="there are: int8"):
+        codec("blockwise8")
+
+
+def test_the_import_does_not_bring_bitsandbytes() -> None:
+    program = "import sys, tensor_codecs as t; [t.codec(n) for n in t.names()]; sys.exit('bitsandbytes' in sys.modules)"
+    path = [p for p in sys.path if p]
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {program}"], check=True, timeout=120)
