@@ -10,6 +10,7 @@ import grpc
 
 from client.chain import Link
 from protocol import potluck_pb2_grpc as pb_grpc
+from protocol.channel import peer_error
 from protocol.errors import PeerError, PeerLost, PotluckError, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.limits import PAYLOAD_BYTES
@@ -93,7 +94,16 @@ class Hop:
             self.abandon()
             raise self._blame(PeerLost(f"{self.name} {what} for {timeout_s:g} s")) from error
         except grpc.aio.AioRpcError as error:
-            raise self._blame(PeerLost(f"the stream to {self.name} broke: {error.details()}")) from error
+            meaning = peer_error(error)
+            if not isinstance(meaning, PeerError):  # whoever answers there is no peer of ours
+                meaning = PeerLost(meaning.message)
+            raise self._blame(meaning) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # grpc.aio raises this also where only the call was cancelled, not the caller
+            raise self._blame(PeerLost(f"the stream to {self.name} was cancelled")) from error
         except asyncio.InvalidStateError as error:  # grpc.aio's word for a write to a finished stream
             raise self._blame(PeerLost(f"the stream to {self.name} had ended")) from error
 

@@ -23,7 +23,7 @@ from client.config import ClientConfig
 from client.hop import Hop
 from client.journal import Entry, Journal, Part
 from dht.record import PeerRecord
-from protocol.errors import BlocksMissing, PeerError, PeerFull, PeerLost, SessionLost, StaleEpoch
+from protocol.errors import BlocksMissing, PeerError, PeerFault, PeerFull, PeerLost, SessionLost, StaleEpoch
 from protocol.limits import SESSION_ID_BYTES
 from protocol.messages import HIDDEN, Open, Step, StepResult
 from protocol.span import Span
@@ -160,6 +160,7 @@ class Session:
             try:
                 hop = self._hops.get(block) or await self._route(Span(block, self._spec.n_blocks), patience)
                 result = await hop.step(self._step(inputs[block]))
+                _check(result, entry, hop)
             except StaleEpoch:
                 raise
             except PeerError as error:
@@ -286,6 +287,8 @@ class Session:
                 step = replace(step, want_result=hop is not hops[-1])
                 try:
                     result = await hop.step(step)
+                    if step.want_result:
+                        _check(result, entry, hop)
                 except PeerError as error:
                     self._blame.add(hop.link.peer.peer_id, error.retry_after_s)
                     raise
@@ -333,6 +336,16 @@ def _as_missing(error: BlocksMissing | PeerError, wanted: Span) -> BlocksMissing
         missing=[str(wanted)],
         retry_after_s=error.retry_after_s,
     )
+
+
+def _check(result: StepResult, entry: Entry, hop: Hop) -> None:
+    """Raises PeerFault unless a hop gave back as many rows and tokens as it was given."""
+    shapes = [spec.shape for spec in result.tensors if spec.name == HIDDEN]
+    if len(result.tensors) != 1 or len(shapes) != 1 or shapes[0][-3:-1] != (entry.rows, entry.tokens):
+        raise PeerFault(
+            f"{hop.name} gave {shapes or 'nothing'} for {entry.rows} x {entry.tokens} tokens",
+            peer_id=hop.link.peer.peer_id,
+        )
 
 
 def _onward(entry: Entry, result: StepResult) -> Entry:

@@ -1,10 +1,33 @@
-"""The declared KV budget: how many tokens of how many blocks the peer keeps at once. Held, never exceeded (law 5)."""
+"""The declared budgets of a peer: KV cache, and messages under way. Held, never exceeded (law 5)."""
 
 from __future__ import annotations
 
 from protocol.errors import PeerFull
 
 RETRY_AFTER_S = 2.0
+
+
+class MessageBudget:
+    """Bytes of the steps that arrive, wait or run. Belongs to the event loop."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.bytes_total = total_bytes
+        self.bytes_left = total_bytes
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes `nbytes` of the budget.
+
+        Raises:
+            PeerFull: they do not fit; nothing was taken.
+        """
+        if nbytes > self.bytes_left:
+            raise PeerFull("this peer has as many steps waiting as its memory allows", retry_after_s=RETRY_AFTER_S)
+        self.bytes_left -= nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Gives `nbytes` back."""
+        self.bytes_left += nbytes
+        assert self.bytes_left <= self.bytes_total, "released more than was reserved"
 
 
 class KvBudget:

@@ -51,6 +51,7 @@ class PeerConfig:
     )
     max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
     max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
+    message_mib: int = field(default=512, metadata={"help": "Memory for steps that arrive, wait or run, in MiB."})
     session_idle_s: float = field(default=600.0, metadata={"help": "A session without a step for so long is dropped."})
     resume_s: float = field(
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
@@ -73,7 +74,15 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
-        for name in ("kv_tokens", "max_sessions", "max_step_tokens", "session_idle_s", "resume_s", "threads"):
+        for name in (
+            "kv_tokens",
+            "max_sessions",
+            "max_step_tokens",
+            "message_mib",
+            "session_idle_s",
+            "resume_s",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value}")

@@ -15,7 +15,7 @@ import grpc
 from dht.background import background
 from dht.record import State
 from peer import memory
-from peer.budget import KvBudget
+from peer.budget import KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
 from peer.service import PeerService
@@ -76,7 +76,10 @@ class SpanHost:
         self._config = config
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, self.sessions, names(), config.max_step_tokens)
-        self.service = PeerService(self._describe, self.sessions, worker, self._compute, self._max_payload_bytes())
+        self.messages = MessageBudget(config.message_mib << 20)
+        self.service = PeerService(
+            self._describe, self.sessions, worker, self._compute, self.messages, self._max_payload_bytes()
+        )
         self._server: grpc.aio.Server | None = None
 
     @classmethod

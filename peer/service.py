@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from peer.budget import MessageBudget
 from peer.compute import ComputeThread
 from peer.session import Session, SessionTable
 from peer.worker import Worker
@@ -31,6 +32,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     Args:
         describe: makes the current Description.
+        messages: bytes of all steps that arrive, wait or run.
         max_payload_bytes: a larger step is refused by its header.
     """
 
@@ -40,12 +42,14 @@ class PeerService(pb_grpc.PeerServicer):
         sessions: SessionTable,
         worker: Worker,
         compute: ComputeThread,
+        messages: MessageBudget,
         max_payload_bytes: int,
     ) -> None:
         self._describe = describe
         self._sessions = sessions
         self._worker = worker
         self._compute = compute
+        self._messages = messages
         self._max_payload_bytes = max_payload_bytes
         self.steps = 0
         self.refused = 0
@@ -68,7 +72,8 @@ class PeerService(pb_grpc.PeerServicer):
         )
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> AsyncIterator[pb.InferReply]:  # noqa: N802
-        assembler = RequestAssembler(self._max_payload_bytes)
+        held = _Held(self._messages)
+        assembler = RequestAssembler(self._max_payload_bytes, held.reserve)
         session: Session | None = None
         try:
             async for message in requests:
@@ -86,13 +91,17 @@ class PeerService(pb_grpc.PeerServicer):
                     else:
                         for reply in result_frames(await self._step(session, request)):
                             yield reply
+                        held.release()
                 except PotluckError as error:
                     self.refused += 1
-                    fatal = isinstance(error, WireError)
+                    # A step that was refused by its header goes on arriving: only a new stream is in order again.
+                    fatal = isinstance(error, WireError) or assembler.refused
+                    held.release()
                     yield Failure(error, step_id=_step_id(message), fatal=fatal).to_proto()
                     if fatal:
                         return
         finally:
+            held.release()
             if session is not None:  # the stream ended without a Close: the client may come back
                 self._sessions.detach(session, time.monotonic())
 
@@ -127,6 +136,22 @@ class PeerService(pb_grpc.PeerServicer):
         session.last_used_s = time.monotonic()
         self.steps += 1
         return result
+
+
+class _Held:
+    """What one stream holds of the message budget."""
+
+    def __init__(self, budget: MessageBudget) -> None:
+        self._budget = budget
+        self._nbytes = 0
+
+    def reserve(self, nbytes: int) -> None:
+        self._budget.reserve(nbytes)
+        self._nbytes += nbytes
+
+    def release(self) -> None:
+        self._budget.release(self._nbytes)
+        self._nbytes = 0
 
 
 def _step_id(message: pb.InferRequest) -> int:

@@ -17,7 +17,7 @@ from protocol.identity import Identity, common_name, load_certificate
 
 KEEPALIVE_EVERY_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
-"""A dead TCP connection is noticed 15 s after the last sign of life at most; steps have their own, shorter, deadlines."""
+"""A dead connection is noticed at most 15 s after its last sign of life; steps have their own, shorter, deadlines."""
 MIN_PING_GAP_MS = 5_000
 """Below what clients send: a stricter server would end their connections with `too_many_pings`."""
 RECONNECT_MIN_MS = 100

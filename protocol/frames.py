@@ -6,7 +6,7 @@ step is one message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from protocol import potluck_pb2 as pb
@@ -70,10 +70,13 @@ class RequestAssembler:
 
     Args:
         max_payload_bytes: a larger step is refused by its header, before its chunks are kept.
+        admit: told the size of each step's payload when its header arrives; raises to refuse it.
     """
 
-    def __init__(self, max_payload_bytes: int) -> None:
+    def __init__(self, max_payload_bytes: int, admit: Callable[[int], None] = lambda nbytes: None) -> None:
         self._max_payload_bytes = max_payload_bytes
+        self._admit = admit
+        self.refused = False  # the last step was refused by its header; the rest of it may still arrive
         self._gather: _Gather | None = None
 
     def feed(self, message: pb.InferRequest) -> Request | None:
@@ -95,6 +98,9 @@ class RequestAssembler:
                     "send the prompt in smaller chunks"
                 )
             check_tensors(message.step.tensors, message.step.payload_bytes)
+            self.refused = True
+            self._admit(message.step.payload_bytes)
+            self.refused = False
             self._gather = _Gather(message.step, message.chunk)
             return self._finish()
         if kind == "open":

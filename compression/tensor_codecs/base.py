@@ -53,7 +53,9 @@ class Codec(ABC):
         if tensor.numel() == 0:
             return b""
         width = tensor.shape[-1] if tensor.ndim else 1
-        packed = self._pack(tensor.detach().reshape(-1, width).contiguous())
+        # `as_strided`, because a dimension of size 1 may have any stride, in a contiguous tensor too.
+        rows = tensor.detach().contiguous().as_strided((tensor.numel() // width, width), (width, 1))
+        packed = self._pack(rows)
         return packed.cpu().numpy().tobytes()
 
     def decode(

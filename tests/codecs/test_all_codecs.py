@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from tensor_codecs import codec, dtype_name, dtype_of, names
 
 from protocol.errors import BadPayload
+from tensor_codecs import codec, dtype_name, dtype_of, names
 from tests.codecs.strategies import FLOATS, INTEGERS, error, rows, same, seeded, shapes
 
 ALL = ("int8", "bf16", "fp16", "blockwise8", "none")
@@ -83,10 +83,9 @@ def test_the_same_tensor_gives_the_same_bytes(name: str, x: torch.Tensor) -> Non
     assert same(x, before), "encode wrote into its input"
 
 
-@each_codec
+@pytest.mark.parametrize("name", ["none", "fp16", "bf16"])
 @given(x=rows())
 def test_decoding_again_changes_nothing_more(name: str, x: torch.Tensor) -> None:
-    assume(name in {"none", "fp16", "bf16"})
     once = round_trip(name, x)
     assert same(round_trip(name, once), once)
 

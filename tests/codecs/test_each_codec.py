@@ -6,12 +6,12 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tensor_codecs import codec, int8
-from tensor_codecs.blockwise8 import block_size
 
 from protocol.errors import BadPayload
+from tensor_codecs import codec, int8
+from tensor_codecs.blockwise8 import block_size
 from tests.codecs.strategies import FLOATS, INTEGERS, error, heavy, rows, same, seeded
 
 NAN, INF = float("nan"), float("inf")
@@ -78,13 +78,12 @@ def test_int8_error_on_gaussian_rows(seed: int, width: int, dtype: torch.dtype) 
     assert error(round_trip("int8", x), x) <= 0.0065
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([2048, 4096, 4100, 8192]))
 def test_int8_error_on_the_inliers_of_outlier_heavy_rows(seed: int, width: int) -> None:
-    # All but 1 of 300 draws of 6 channels out of 32 blocks, 1 of 20,000 out of 64, have at most 3 in one block.
     x, inlier = heavy(16, width, seed)
-    block = torch.nonzero(~inlier[0]).flatten() // int8.BLOCK
-    if block.bincount().max() > 3:
-        return
+    # 1 of 20,000 draws of 6 channels has 4 of them in one of 64 blocks, and then one of the 4 is not taken out.
+    assume((torch.nonzero(~inlier[0]).flatten() // int8.BLOCK).bincount().max() <= 3)
     y = round_trip("int8", x)
     assert error(y[inlier], x[inlier]) <= 0.0065
     assert error(y, x) <= 0.0065
@@ -127,7 +126,8 @@ def test_int8_at_any_scale(dtype: torch.dtype, exponent: int) -> None:
         pytest.skip("beyond this dtype")
     y = round_trip("int8", x)
     assert y.isfinite().all()
-    assert (y - x).abs().max() <= x.abs().max() / 200 + 1e-36
+    half_a_step = 1 / 254 + torch.finfo(dtype).eps / 2
+    assert (y.double() - x.double()).abs().max() <= x.double().abs().max() * half_a_step + 1e-36
 
 
 def test_int8_of_the_largest_float16() -> None:

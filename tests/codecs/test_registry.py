@@ -8,16 +8,16 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tensor_codecs import DEFAULT, Codec, codec, names, negotiate, registry
 
 from protocol.errors import ConfigError
+from tensor_codecs import DEFAULT, Codec, codec, names, negotiate, registry
 
 offers = st.lists(st.sampled_from([*names(), "int4", ""]))
 
 
 def test_names() -> None:
     assert names() == ("int8", "bf16", "fp16", "blockwise8", "none")
-    assert DEFAULT == names()[0]
+    assert names()[0] == DEFAULT
     for name in names():
         assert isinstance(codec(name), Codec)
         assert codec(name).name == name

@@ -358,7 +358,7 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0, shard_size: str =
     torch.manual_seed(seed)
     config = make_config(name)
     # Composite checkpoints hold all their parts, also where the text part has a class of its own.
-    cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config)) or model_class(config)
+    cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None) or model_class(config)
     model = cls._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
