@@ -48,6 +48,9 @@ class Hole(nn.Module):
         hidden = args[0] if args else next(iter(kwargs.values()))
         return (hidden, None) if self.returns_tuple else hidden
 
+    # Without the hooks of nn.Module, which nobody puts on a hole: a step calls every hole of the model.
+    __call__ = forward
+
 
 @dataclass(frozen=True, slots=True)
 class BlockStack:
@@ -103,10 +106,11 @@ def find_block_stack(model: PreTrainedModel) -> BlockStack:
 
 def punch_holes(model: PreTrainedModel, stack: BlockStack, owned: range) -> None:
     """Replace every block outside `owned` by a Hole."""
-    blocks = stack.blocks(model)
-    for i, block in enumerate(blocks):
-        if i not in owned:
-            blocks[i] = Hole(block, returns_tuple=stack.returns_tuple)
+    blocks = [
+        block if i in owned else Hole(block, returns_tuple=stack.returns_tuple)
+        for i, block in enumerate(stack.blocks(model))
+    ]
+    setattr(stack.decoder(model), stack.attribute, Blocks(blocks))
 
 
 def drop_all_but_blocks(model: PreTrainedModel, stack: BlockStack) -> None:
@@ -227,3 +231,12 @@ def meta_skeleton(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """An instance of `cls` without memory for its weights: names, shapes and dtypes only."""
     with torch.device("meta"):
         return cls(config)
+
+
+class Blocks(nn.ModuleList):
+    """A ModuleList that is itself when all of it is asked for: decoders loop over `self.layers[:n]` in each step."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index == slice(None, len(self), None):
+            return self
+        return super().__getitem__(index)

@@ -1,0 +1,46 @@
+"""`python -m benchmarks list | run NAME... | all`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Final
+
+import click
+
+# Name -> (module, what it measures). Each module has `run() -> None`, which prints its report and writes it to `docs/`.
+SCENARIOS: Final[dict[str, tuple[str, str]]] = {
+    "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
+}
+
+
+@click.group()
+def main() -> None:
+    """Potluck's benchmarks. Their bars are ratios taken in one run: compare no seconds across machines."""
+
+
+@main.command("list")
+def list_scenarios() -> None:
+    """Say which scenarios there are."""
+    for name, (_, what) in SCENARIOS.items():
+        click.echo(f"{name:16} {what}")
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
+def run(names: tuple[str, ...]) -> None:
+    """Run the named scenarios, one after the other."""
+    for name in names:
+        scenario: Callable[[], None] = import_module(SCENARIOS[name][0]).run
+        scenario()
+
+
+@main.command("all")
+@click.pass_context
+def run_all(context: click.Context) -> None:
+    """Run every scenario."""
+    context.invoke(run, names=tuple(SCENARIOS))
+
+
+if __name__ == "__main__":
+    main()

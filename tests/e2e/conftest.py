@@ -1,0 +1,61 @@
+"""Real processes on loopback: one compute thread on both sides, tiny models, and the peers' words where a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slicing import load_config, model_class, resolve
+from tests import processes
+from tests.slicing.architectures import make_checkpoint
+
+SHOWN_CHARS = 4000  # of each process's standard error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for process in processes.running:
+            report.sections.append((f"stderr of {process.pid} {process.name}", process.stderr[-SHOWN_CHARS:]))
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_quiet_thread() -> Iterator[None]:
+    """One thread, as the laws are stated for; no progress bars of transformers (the unsplit models') in the output."""
+    from transformers.utils import logging
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint("llama"): the folder of that tiny model."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("models") / name
+            make_checkpoint(name, folder)
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def unsplit(folder: Path | str) -> Any:
+    """The model as transformers loads it, float32."""
+    source = resolve(str(folder))
+    cls: Any = model_class(load_config(source))
+    return cls.from_pretrained(source.location, dtype=torch.float32).eval()
