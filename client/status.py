@@ -54,7 +54,9 @@ def render(found: dict[str, Any]) -> None:
         console.print("This swarm serves no model. Share one with: python -m peer serve")
     for model in found["models"]:
         console.print(_sentence(model))
-        table = Table("peer", "blocks", f"0:{model['n_blocks']}", "state", "ms/token", "KV tokens free", "up")
+        table = Table()
+        for title in ("peer", "blocks", f"0:{model['n_blocks']}", "state", "ms/token", "KV free", "up"):
+            table.add_column(title, no_wrap=True)
         for peer in model["peers"]:
             step = "?" if peer["step_ms"] is None else f"{peer['step_ms']:.1f}"
             table.add_row(
@@ -63,7 +65,7 @@ def render(found: dict[str, Any]) -> None:
                 _bar(peer["blocks"], model["n_blocks"]),
                 peer["state"],
                 step,
-                f"{peer['kv_tokens_left']} of {peer['kv_tokens_total']}",
+                _percent(peer["kv_tokens_left"], peer["kv_tokens_total"]),
                 _duration(peer["up_s"]),
             )
         console.print(table)
@@ -83,6 +85,10 @@ def _sentence(model: dict[str, Any]) -> str:
 def _bar(blocks: str, n_blocks: int, width: int = 24) -> str:
     start, stop = (int(edge) * width // n_blocks for edge in blocks.split(":"))
     return "·" * start + "█" * max(1, stop - start) + "·" * (width - max(stop, start + 1))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part // whole} %" if whole else "none"
 
 
 def _duration(seconds: float) -> str:

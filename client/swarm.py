@@ -26,6 +26,7 @@ from dht.view import SwarmReader, SwarmView, reading
 from protocol.channel import open_channel
 from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
 from protocol.limits import MESSAGE_BYTES
+from protocol.loop import new_event_loop
 from protocol.settings import load
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class Swarm:
 
     def _run(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=_new_loop) as runner:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 runner.run(self._main())
         except BaseException as error:
             if not self._ready.done():
@@ -208,12 +209,3 @@ class _ModelPeers:
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         return self._swarm.channel(peer)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # not made for Windows
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop

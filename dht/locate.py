@@ -104,9 +104,10 @@ async def _listens(maddr: Maddr, timeout_s: float) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(maddr.host, maddr.port)
+            writer.close()
+            await writer.wait_closed()
     except (OSError, TimeoutError, UnicodeError):  # UnicodeError: a host name that cannot be encoded
         return False
-    writer.close()
     return True
 
 

@@ -229,7 +229,7 @@ class _Daemon:
 
         async def one(peer_id: str) -> float | None:
             request = dht_pb2.PingRequest(peer=self.dht.protocol.node_info)
-            sent = time.time()
+            sent = local_time()
             try:
                 async with asyncio.timeout(timeout_s):
                     answer = await self.dht.protocol.get_stub(PeerID.from_base58(peer_id)).rpc_ping(request)
@@ -237,7 +237,7 @@ class _Daemon:
                 log.debug("%s does not answer: %r", peer_id, error)
                 return None
             theirs = float(answer.dht_time)
-            return min(0.0, theirs - sent) or max(0.0, theirs - time.time())
+            return min(0.0, theirs - sent) or max(0.0, theirs - local_time())
 
         offsets = await asyncio.gather(*(one(peer_id) for peer_id in nodes))
         return [offset for offset in offsets if offset is not None]
@@ -445,6 +445,11 @@ def _subkeys(result: Any) -> dict[str, bytes]:
         for subkey, item in result.value.items()
         if isinstance(subkey, str) and isinstance(item.value, bytes)
     }
+
+
+def local_time() -> float:
+    """This machine's clock, as it is compared with the swarm's."""
+    return time.time()
 
 
 def tame_hivemind_logs() -> None:

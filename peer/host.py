@@ -102,7 +102,7 @@ class SpanHost:
                 yield host
         finally:
             await host._stop()
-            host._compute.close()
+            await asyncio.to_thread(host._compute.close)
 
     def drain(self) -> None:
         """From now on: no new sessions."""

@@ -266,10 +266,10 @@ def load_head(
 def _make_head(model: PreTrainedModel) -> None:
     """Make every block a hole, block 0 a RemoteStack, and let the stack see what the decoder is called with."""
     stack = find_block_stack(model)
-    decoder, blocks = stack.decoder(model), stack.blocks(model)
-    remote = RemoteStack(blocks[0], stack)
+    decoder = stack.decoder(model)
+    remote = RemoteStack(stack.blocks(model)[0], stack)
     punch_holes(model, stack, range(0))
-    blocks[0] = remote
+    stack.blocks(model)[0] = remote
     # Not as a submodule: the stack is one already, where block 0 was.
     object.__setattr__(model, "_remote_stack", remote)
     names = forward_parameters(decoder)

@@ -275,9 +275,14 @@ def swarm(home: Path, model: str | Path, spans: Sequence[str], *options: str) ->
             local.kill()
 
 
-def wait_online(client: Swarm, fingerprint: str, peers: int) -> None:
-    """Until the client sees that many peers of the model that take sessions."""
-    until(lambda: len(client.refresh().online(fingerprint)) >= peers, f"{peers} peers in the client's view")
+def wait_online(client: Swarm, peers: int) -> None:
+    """Until the client sees that many peers that take sessions."""
+
+    def online() -> int:
+        view = client.refresh()
+        return sum(len(view.online(model.fingerprint)) for model in view.models)
+
+    until(lambda: online() >= peers, f"{peers} peers in the client's view")
 
 
 @contextlib.contextmanager

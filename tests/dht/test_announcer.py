@@ -52,7 +52,7 @@ def records(node: FakeNode) -> list[PeerRecord]:
 
 async def test_a_peer_comes_lists_its_model_and_leaves() -> None:
     node = FakeNode(CONFIG, identity(0))
-    async with announcing(node, lambda: peer(0), listing(0, signer="")):  # type: ignore[arg-type]
+    async with announcing(node, lambda: peer(0), replace(listing(0), signer="")):  # type: ignore[arg-type]
         assert [record.state for record in records(node)] == ["online"]
         [model] = [ModelRecord.decode(raw, now=NOW) for key, raw, _ in node.stored if key == MODELS_KEY]
         assert (model.name, model.signer) == ("test/model", identity(0).peer_id)

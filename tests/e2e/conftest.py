@@ -16,6 +16,11 @@ from tests.slicing.architectures import make_checkpoint
 SHOWN_CHARS = 4000  # of each process's standard error
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # hivemind finds its daemon this way whenever it starts one.
+    config.addinivalue_line("filterwarnings", r"ignore:path is deprecated\. Use files\(\):DeprecationWarning")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

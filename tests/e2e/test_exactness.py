@@ -1,0 +1,208 @@
+"""Law 1 over real processes: with codec `none` a chain of peers gives the bits, and so the tokens, of the unsplit model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import BaseStreamer
+
+from client.model import SwarmModel, SwarmModelForCausalLM
+from tests.e2e.conftest import unsplit
+from tests.processes import at_home, swarm, wait_online
+from tests.slicing.architectures import VOCABULARY
+
+SPANS = {"llama": ("0:2", "2:5", "5:6"), "gemma3_text": ("0:2", "2:6"), "gpt2": ("0:3", "3:6")}
+DECODE_STEPS = 8
+
+IDS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(5))
+MASK = torch.ones_like(IDS)
+MASK[1, :4] = 0
+PADDED = {"inputs": IDS.masked_fill(MASK == 0, 0), "attention_mask": MASK}
+SINGLE = {"inputs": IDS[:1]}
+REPETITIVE = {"inputs": torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])}
+LONG = {"inputs": torch.randint(3, 250, (1, 61), generator=torch.Generator().manual_seed(6))}
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {**SINGLE, "max_new_tokens": 20, "do_sample": False},
+    "left padding": {**PADDED, "max_new_tokens": 20, "do_sample": False},
+    "sampling": {
+        **PADDED,
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "top_k": 20,
+        "top_p": 0.9,
+        "temperature": 0.8,
+        "repetition_penalty": 1.2,
+    },
+    "several sequences": {**SINGLE, "max_new_tokens": 12, "do_sample": True, "num_return_sequences": 3},
+    "beams": {**PADDED, "max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    "beam sampling": {**PADDED, "max_new_tokens": 12, "num_beams": 3, "do_sample": True},
+    "prompt lookup": {**REPETITIVE, "max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 4},
+    "no cache": {**SINGLE, "max_new_tokens": 4, "do_sample": False, "use_cache": False},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The unsplit model, and the same model behind a swarm of real peers."""
+
+    name: str
+    folder: Path
+    unsplit: Any
+    remote: SwarmModel
+
+    def both(self, **arguments: Any) -> tuple[Any, Any]:
+        """What the two generate, from the same seed."""
+        results = []
+        for model in (self.unsplit, self.remote):
+            torch.manual_seed(7)
+            results.append(model.generate(**arguments))
+        return results[0], results[1]
+
+
+@pytest.fixture(scope="module", params=SPANS)
+def pair(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    folder, home = checkpoint(request.param), tmp_path_factory.mktemp("home")
+    with at_home(home), swarm(home, folder, SPANS[request.param]) as peers:
+        with SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as remote:
+            wait_online(remote.swarm, len(peers.peers))
+            pair = Pair(request.param, folder, unsplit(folder), remote)
+            for model in (pair.unsplit, pair.remote):
+                # Random weights would end most answers early.
+                model.generation_config.eos_token_id = None
+                model.generation_config.pad_token_id = 0
+            yield pair
+
+
+@pytest.fixture(scope="module")
+def draft() -> Any:
+    """A bad draft model: most of what it proposes is taken back."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model: Any = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def logits(model: Any, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Of a prefill with all but the last tokens of `ids`, and of `DECODE_STEPS` steps with one of these each."""
+    prompt = ids.shape[1] - DECODE_STEPS
+    found, cache = [], None
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        more: dict[str, Tensor] = {}
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            more = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        with torch.no_grad():
+            output = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **more)
+        cache = output.past_key_values
+        found.append(output.logits)
+    return found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_are_the_same_bits(pair: Pair, padded: bool) -> None:
+    ids = torch.cat([IDS, IDS.flip(1)[:, :DECODE_STEPS]], dim=1)
+    mask = torch.cat([MASK, torch.ones(2, DECODE_STEPS, dtype=torch.long)], dim=1) if padded else None
+    expected = logits(pair.unsplit, ids, mask)
+    found = logits(pair.remote, ids, mask)
+    assert len(found) == 1 + DECODE_STEPS
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert [str(link.span) for link in pair.remote.chain] == list(SPANS[pair.name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_gives_the_tokens_of_the_unsplit_model(pair: Pair, mode: str) -> None:
+    expected, found = pair.both(**MODES[mode])
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_assisted_decoding(pair: Pair, sample: bool, draft: Any) -> None:
+    expected, found = pair.both(**SINGLE, max_new_tokens=20, do_sample=sample, assistant_model=draft)
+    assert torch.equal(expected, found)
+
+
+def test_scores_are_the_same_bits(pair: Pair) -> None:
+    wanted = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = pair.both(**PADDED, max_new_tokens=DECODE_STEPS, do_sample=False, **wanted)
+    assert torch.equal(expected.sequences, found.sequences)
+    assert torch.equal(torch.stack(expected.scores), torch.stack(found.scores))
+    assert torch.equal(torch.stack(expected.logits), torch.stack(found.logits))
+
+
+def test_a_streamer_gets_each_token_as_it_comes(pair: Pair) -> None:
+    class Collector(BaseStreamer):
+        def __init__(self) -> None:
+            self.pieces: list[Tensor] = []
+
+        def put(self, value: Tensor) -> None:
+            self.pieces.append(value.flatten())
+
+        def end(self) -> None:
+            self.pieces.append(torch.tensor([-1]))
+
+    heard = []
+    for model in (pair.unsplit, pair.remote):
+        streamer = Collector()
+        model.generate(**SINGLE, max_new_tokens=8, do_sample=False, streamer=streamer)
+        heard.append(streamer.pieces)
+    assert len(heard[1]) == 1 + 8 + 1
+    assert torch.equal(torch.cat(heard[0]), torch.cat(heard[1]))
+
+
+def test_from_embeddings(pair: Pair) -> None:
+    embeddings = pair.unsplit.get_input_embeddings()(IDS[:1]).detach()
+    expected, found = pair.both(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("prompt", [LONG, PADDED], ids=["one row", "left padding"])
+def test_a_long_prompt_travels_in_chunks(pair: Pair, prompt: dict[str, Tensor]) -> None:
+    chunked = SwarmModelForCausalLM.from_pretrained(
+        str(pair.folder), swarm=pair.remote.swarm, codec="none", prefill_tokens=10
+    )
+    chunked.generation_config = pair.remote.generation_config
+    with chunked.session():
+        found = chunked.generate(**prompt, max_new_tokens=8, do_sample=False)
+        rows, tokens = prompt["inputs"].shape
+        assert steps_and_tokens(chunked) == (-(-tokens // (10 // rows)) + 7, rows * (tokens + 7))
+    assert torch.equal(found, pair.unsplit.generate(**prompt, max_new_tokens=8, do_sample=False))
+
+
+def test_a_second_turn_sends_only_new_tokens(pair: Pair) -> None:
+    with pair.remote.session(max_tokens=64):
+        first = pair.remote.generate(**SINGLE, max_new_tokens=6, do_sample=False)
+        assert steps_and_tokens(pair.remote) == (6, 12 + 5)
+        asked = torch.cat([first, IDS[1:, :4]], dim=1)
+        second = pair.remote.generate(inputs=asked, max_new_tokens=6, do_sample=False)
+        # The last token of the first answer, which was never fed back, and the four new ones; then five of the answer.
+        assert steps_and_tokens(pair.remote) == (12, 12 + 5 + 1 + 4 + 5)
+    assert torch.equal(second, pair.unsplit.generate(inputs=asked, max_new_tokens=6, do_sample=False))
+
+
+def test_a_turn_may_take_back_what_was_said(pair: Pair) -> None:
+    with pair.remote.session():
+        first = pair.remote.generate(**SINGLE, max_new_tokens=6, do_sample=False)
+        asked = torch.cat([first[:, :14], IDS[1:, :4]], dim=1)
+        second = pair.remote.generate(inputs=asked, max_new_tokens=6, do_sample=False)
+    assert torch.equal(second, pair.unsplit.generate(inputs=asked, max_new_tokens=6, do_sample=False))
+
+
+def steps_and_tokens(model: SwarmModel) -> tuple[int, int]:
+    """What the open session has sent so far."""
+    assert model._session is not None
+    session = model.blocks.session_of(model._session.cache)
+    assert session is not None
+    return session.stats.steps, session.stats.tokens
