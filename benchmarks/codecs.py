@@ -1,7 +1,7 @@
 """Bytes, error and time of each codec. Writes `docs/codecs.md`.
 
-Times are ratios to casting the same tensor to bfloat16 and back, on one thread, medians of repeats that are interleaved so
-that whatever else the machine does falls on all alike. Errors are relative L2 errors.
+Times are ratios to casting the same tensor to bfloat16 and back, on one thread, medians of repeats that are interleaved
+so that whatever else the machine does falls on all alike. Errors are relative L2 errors.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final
 
 import torch
+
 from tensor_codecs import Codec, codec, names
 
 SHAPES: Final = ((1, 1, 4096), (1, 128, 4096))
@@ -23,27 +25,33 @@ DOC: Final = Path(__file__).parents[1] / "docs" / "codecs.md"
 INTRODUCTION: Final = """\
 # Codecs
 
-How activations become bytes. The codec is agreed on when two sides meet (`tensor_codecs.negotiate`); `int8` is the default.
-Every codec is row-local (a token's bytes depend on that token alone) and of static size; the rules for NaN, Inf and overflow
-stand at the top of each file in `compression/tensor_codecs/`.
+How activations become bytes. The codec is agreed on when two sides meet (`tensor_codecs.negotiate`); `int8` is the
+default. Every codec is row-local (a token's bytes depend on that token alone) and of static size; the rules for NaN, Inf
+and overflow stand at the top of each file in `compression/tensor_codecs/`.
 
 This page is written by `python -m benchmarks run codecs`.
 
 - **B/value**: payload bytes per value of a float32 tensor of width 4096; of a bfloat16 one in parentheses.
-- **Gaussian, heavy, inliers**: relative L2 error on normally distributed rows; on rows with outliers as language models have
-  them (6 channels times 60, 0.01 % of values times 20); and on the values of these that are no outliers. Width 4096, float32.
-- **time**: encode + decode, over the time of casting the same tensor to bfloat16 and back; one thread, medians of {repeats}
-  interleaved repeats, torch {torch} on {capability}. On one token nearly all of it is the fixed cost of calling kernels: the
-  last column says how long it took in microseconds on the machine that wrote this page.
+- **Gaussian, heavy, inliers**: relative L2 error on normally distributed rows; on rows with outliers as language models
+  have them (6 channels times 60, 0.01 % of values times 20); and on the values of these that are no outliers. Width
+  4096, float32.
+- **time**: encode, plus decode, over casting the same float32 tensor to bfloat16 and back; one thread, medians of
+  {repeats} interleaved repeats with warm caches, torch {torch} on {capability}. On one token nearly all of it is the
+  fixed cost of calling kernels: the last column is that time in microseconds, on the machine that wrote this page.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians, in seconds: a cast to bfloat16 and back, and encode + decode."""
+    """Medians, in seconds."""
 
-    cast_s: float
-    codec_s: float
+    cast_s: float  # to bfloat16 and back
+    encode_s: float
+    decode_s: float
+
+    @property
+    def codec_s(self) -> float:
+        return self.encode_s + self.decode_s
 
     @property
     def ratio(self) -> float:
@@ -97,30 +105,27 @@ def activation_errors(cuts: Mapping[int, torch.Tensor]) -> str:
 
 
 def time_all(x: torch.Tensor, repeats: int = REPEATS) -> dict[str, Timing]:
-    """Each codec's time on `x`. Each repeat times the cast and every codec once, so that all see the same machine."""
-
-    def cast_s() -> float:
-        return _seconds(lambda: x.to(torch.bfloat16).to(torch.float32))
-
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names()}
+    """Each codec's time on `x`. In each repeat the cast and all codecs have a turn, so that all see the same machine."""
+    calls: dict[str, Callable[[], object]] = {"cast": lambda: x.to(torch.bfloat16).to(torch.float32)}
+    for name in names():
+        calls[f"{name} encode"] = partial(codec(name).encode, x)
+        calls[f"{name} decode"] = partial(codec(name).decode, codec(name).encode(x), x.shape, x.dtype)
+    turns: dict[str, list[float]] = {call: [] for call in calls}
     for _ in range(repeats):
-        for name, timings in seen.items():
-            using = codec(name)
-            # Once unmeasured: after another codec's turn the caches are cold and the allocator has to ask for pages.
-            round_trip(using, x)
-            codec_s = _seconds(lambda using=using: round_trip(using, x))  # type: ignore[misc]
-            cast_s()
-            timings.append((cast_s(), codec_s))
-    return {
-        name: Timing(median(cast for cast, _ in timings), median(ours for _, ours in timings))
-        for name, timings in seen.items()
-    }
+        for name, call in calls.items():
+            turns[name].append(_turn(call))
+    seconds = {name: median(each) for name, each in turns.items()}
+    return {name: Timing(seconds["cast"], seconds[f"{name} encode"], seconds[f"{name} decode"]) for name in names()}
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _turn(call: Callable[[], object], calls: int = 7) -> float:
+    """The median time of a few calls in a row, in seconds: the first ones, in which caches fill, do not count."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
 
 
 def report() -> str:

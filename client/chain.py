@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from dht.record import PeerRecord
@@ -20,6 +20,19 @@ class Link:
 
     peer: PeerRecord
     span: Span
+
+
+def agreed_codec(peers: Iterable[PeerRecord], n_blocks: int, wanted: Sequence[str]) -> str:
+    """The first of the codecs `wanted` that peers covering the whole model speak; the first one if there is none.
+
+    Results travel from peer to peer undecoded, so one codec is used in the whole chain. A peer that offers odd codecs
+    takes itself out of the choice, nobody else.
+    """
+    known = list(peers)
+    for codec in wanted:
+        if not missing_spans([peer.span for peer in known if codec in peer.codecs], n_blocks):
+            return codec
+    return wanted[0]
 
 
 def choose_chain(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from client.chain import Link
 from client.config import ClientConfig
@@ -19,7 +20,7 @@ from protocol.errors import ConfigError
 from slicing import Head, ModelSource, Progress, RemoteCache, fingerprint, load_config, load_head, n_blocks, resolve
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,14 @@ class GenerationSession:
     Attributes:
         cache: the session's cache; pass it as `past_key_values` to go lower than `generate`.
         tokens: int64 [rows, n], the tokens that the peers have, as far as `generate` made them; None before.
+
+    Args:
+        window: a cache of so many tokens or more cannot be cropped; None: it always can.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, window: int | None = None) -> None:
         self.max_tokens = max_tokens
+        self._window = window
         self.cache = RemoteCache()
         self.tokens: Tensor | None = None
 
@@ -47,9 +52,10 @@ class GenerationSession:
             kept = 0
         else:
             kept = min(kept, _common_prefix(self.tokens, input_ids), input_ids.shape[1] - 1)
-        if kept == 0 and self.cache.n_tokens:
+        crops = kept < self.cache.n_tokens
+        if crops and (kept == 0 or (self._window is not None and self.cache.n_tokens >= self._window)):
             self.cache = RemoteCache()
-        elif kept < self.cache.n_tokens:
+        elif crops:
             self.cache.crop(kept - self.cache.n_tokens)
         return self.cache
 
@@ -65,6 +71,17 @@ def _common_prefix(a: Tensor, b: Tensor) -> int:
     length = min(a.shape[1], b.shape[1])
     equal = (a[:, :length].to(b.device) == b[:, :length]).all(dim=0)
     return int(equal.long().cumprod(0).sum())
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    """From how many tokens on a cache of the model cannot be cropped, since windows and running states forget."""
+    windows: list[int] = []
+    for layer in DynamicCache(config=config).layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            windows.append(0)
+        elif getattr(layer, "is_sliding", False):
+            windows.append(cast(Any, layer).sliding_window)
+    return min(windows, default=None)
 
 
 class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
@@ -91,7 +108,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         """
         if self._session is not None:
             raise RuntimeError("a session of this model is open already; use one at a time")
-        self._session = session = GenerationSession(max_tokens)
+        self._session = session = GenerationSession(max_tokens, _window(self.config))
         try:
             yield session
         finally:

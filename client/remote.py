@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from client.chain import Link
+from client.chain import Link, agreed_codec
 from client.config import ClientConfig
 from client.journal import Entry, Part
 from client.session import Session, SessionSpec, SessionStats
@@ -21,7 +21,7 @@ from protocol.errors import PeerFault
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
 from slicing import CacheOp, RemoteCache
-from tensor_codecs import codec, dtype_name, dtype_of
+from tensor_codecs import codec, dtype_name, dtype_of, names
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ class RemoteBlocks:
         self._fingerprint = fingerprint
         self._n_blocks = n_blocks
         self._config = config
-        self._codec = codec(config.codec)
-        self._exact = codec("none")
         self.on_event = on_event
         self.expected_tokens = 0
         self.last_chain: tuple[Link, ...] = ()
@@ -75,10 +73,11 @@ class RemoteBlocks:
         tensors = {HIDDEN: hidden, ATTENTION_MASK: attention_mask, POSITION_IDS: position_ids, **extras}
         whole = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
         outputs: list[Tensor] = []
+        codec_name = session.spec.codec
         try:
             for offset, chunk in self._chunks(whole, start, stateless=cache is None):
-                entry = self._entry(chunk, start + offset, wire_ops)
-                outputs.append(self._decoded(self._swarm.call(session.step(entry)), hidden))
+                entry = _entry(chunk, start + offset, wire_ops, codec_name)
+                outputs.append(_decoded(self._swarm.call(session.step(entry)), hidden))
                 wire_ops = ()
                 if cache is not None:
                     cache.pending.clear()  # they are done, even if a later chunk fails
@@ -108,14 +107,16 @@ class RemoteBlocks:
     def _session(self, cache: RemoteCache | None, rows: int) -> Session:
         if cache is not None and isinstance(cache.handle, Session):
             return cache.handle
+        peers = self._swarm.peers_of(self._fingerprint)
         spec = SessionSpec(
             self._fingerprint,
             self._n_blocks,
+            codec=agreed_codec(peers.peers(), self._n_blocks, (self._config.codec, *names())),
             batch=rows,
             max_tokens=0 if cache is None else self.expected_tokens,
             stateless=cache is None,
         )
-        session = Session(spec, self._swarm.peers_of(self._fingerprint), self._swarm.blame, self._config, self._event)
+        session = Session(spec, peers, self._swarm.blame, self._config, self._event)
         if cache is not None:
             cache.handle = session
             # The peers' memory is freed as soon as nobody can continue the session.
@@ -145,24 +146,27 @@ class RemoteBlocks:
             }
             yield offset, piece
 
-    def _entry(self, tensors: dict[str, Tensor], position: int, ops: tuple[WireOp, ...]) -> Entry:
-        hidden = tensors[HIDDEN]
-        parts = tuple(self._part(name, tensor) for name, tensor in tensors.items())
-        return Entry(position, tokens=hidden.shape[-2], rows=hidden.shape[-3], parts=parts, ops=ops)
 
-    def _part(self, name: str, tensor: Tensor) -> Part:
-        # Masks and positions must arrive as they are; what blocks compute with is compressed.
-        chosen = self._codec if tensor.is_floating_point() else self._exact
-        payload = chosen.encode(tensor)
-        spec = TensorSpec(name, chosen.name, dtype_name(tensor.dtype), tuple(tensor.shape), len(payload))
-        return Part(spec, payload)
+def _entry(tensors: dict[str, Tensor], position: int, ops: tuple[WireOp, ...], codec_name: str) -> Entry:
+    hidden = tensors[HIDDEN]
+    parts = tuple(_part(name, tensor, codec_name) for name, tensor in tensors.items())
+    return Entry(position, tokens=hidden.shape[-2], rows=hidden.shape[-3], parts=parts, ops=ops)
 
-    def _decoded(self, result: StepResult, like: Tensor) -> Tensor:
-        for spec, payload in result.parts():
-            if spec.name == HIDDEN:
-                dtype = dtype_of(spec.dtype)
-                return codec(spec.codec).decode(payload, spec.shape, dtype, like.device).to(like.dtype)
-        raise PeerFault("the last peer of the chain gave no hidden states")
+
+def _part(name: str, tensor: Tensor, codec_name: str) -> Part:
+    # Masks and positions must arrive as they are; what blocks compute with is compressed.
+    chosen = codec(codec_name if tensor.is_floating_point() else "none")
+    payload = chosen.encode(tensor)
+    spec = TensorSpec(name, chosen.name, dtype_name(tensor.dtype), tuple(tensor.shape), len(payload))
+    return Part(spec, payload)
+
+
+def _decoded(result: StepResult, like: Tensor) -> Tensor:
+    for spec, payload in result.parts():
+        if spec.name == HIDDEN:
+            decoded = codec(spec.codec).decode(payload, spec.shape, dtype_of(spec.dtype), like.device)
+            return decoded.to(like.dtype)
+    raise PeerFault("the last peer of the chain gave no hidden states")
 
 
 def _wire_ops(ops: tuple[CacheOp, ...], session: Session, tokens: int) -> tuple[WireOp, ...]:

@@ -49,10 +49,14 @@ class Peers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known)."""
+    """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known).
+
+    `batch` and `max_tokens` are reserved on each peer.
+    """
 
     fingerprint: str
     n_blocks: int
+    codec: str = "none"  # of results; inputs come encoded
     batch: int = 1
     max_tokens: int = 0
     stateless: bool = False
@@ -106,7 +110,7 @@ class Session:
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._peers = peers
         self._blame = blame
         self._config = config
@@ -156,9 +160,9 @@ class Session:
         block = 0
         result = StepResult(0, 0, (), b"")
         patience = Patience(self._config.wait_s)
-        while block < self._spec.n_blocks:
+        while block < self.spec.n_blocks:
             try:
-                hop = self._hops.get(block) or await self._route(Span(block, self._spec.n_blocks), patience)
+                hop = self._hops.get(block) or await self._route(Span(block, self.spec.n_blocks), patience)
                 result = await hop.step(self._step(inputs[block]))
                 _check(result, entry, hop)
             except StaleEpoch:
@@ -179,7 +183,7 @@ class Session:
     def _commit(self, inputs: dict[int, Entry]) -> None:
         """The step is through: every boundary's journal remembers what entered there."""
         entry = inputs[0]
-        if not self._spec.stateless:
+        if not self.spec.stateless:
             self._journals = {block: j for block, j in self._journals.items() if block in self._hops}
             for block, journal in self._journals.items():
                 journal.append(inputs[block])
@@ -252,7 +256,8 @@ class Session:
 
     async def _open_chain(self, wanted: Span) -> None:
         """One attempt: choose, open all hops at once, replay. On an error nothing of the attempt remains."""
-        links = choose_chain(self._peers.peers(), wanted, avoid=self._blame.avoided())
+        able = [peer for peer in self._peers.peers() if self.spec.codec in peer.codecs]
+        links = choose_chain(able, wanted, avoid=self._blame.avoided())
         hops = [self._hop(link) for link in links]
         try:
             refusals = await asyncio.gather(*(self._refusal(hop) for hop in hops))
@@ -307,13 +312,13 @@ class Session:
         )
 
     def _open_request(self, link: Link, *, resume: bool) -> Open:
-        spec = self._spec
+        spec = self.spec
         return Open(
             self._id,
             self._epoch,
             spec.fingerprint,
             link.span,
-            self._config.codec,
+            spec.codec,
             spec.batch,
             spec.max_tokens,
             resume=resume,

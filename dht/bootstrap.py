@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from dht import known_peers, lan, local_swarm
 from dht.config import DhtConfig
-from dht.locate import reachable
 from dht.maddr import Maddr
 from dht.node import SwarmNode, open_node
+from dht.probe import reachable
 from dht.view import SwarmReader
 from protocol.identity import claim_identity
 
@@ -47,4 +47,4 @@ async def _initial_peers(config: DhtConfig, own_peer_id: str) -> tuple[str, ...]
     if config.join or config.new_swarm:
         return config.join
     known = [Maddr.require(text) for text in await asyncio.to_thread(known_peers.load, config.home_folder)]
-    return await reachable((str(maddr) for maddr in known if maddr.peer_id != own_peer_id), config)
+    return await reachable((str(maddr) for maddr in known if maddr.peer_id != own_peer_id), config.probe_timeout_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import httpx2
 from dht import known_peers, lan, local_swarm
 from dht.config import DhtConfig
 from dht.maddr import EXAMPLE, Maddr
+from dht.probe import reachable
 from protocol.errors import ConfigError, SwarmNotFound
 
 log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 64 << 10
-MAX_ADDRESSES = 16
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ async def locate_swarm(config: DhtConfig, join: Sequence[str] = ()) -> Located:
         return Located((), "a new swarm")
     home = config.home_folder
     if config.bootstrap_list is not None:
-        found = await reachable(await read_bootstrap_list(config.bootstrap_list, config), config)
+        found = await reachable(await read_bootstrap_list(config.bootstrap_list, config), config.probe_timeout_s)
         if found:
             return Located(found, "the bootstrap list")
     if config.local:
         for node in await asyncio.to_thread(local_swarm.find, home):
             # one node only: a second one might belong to another swarm, and joining both would merge them
-            found = await reachable(node.maddrs, config)
+            found = await reachable(node.maddrs, config.probe_timeout_s)
             if found:
                 return Located(found, "a node on this machine")
-    found = await reachable(await asyncio.to_thread(known_peers.load, home), config)
+    found = await reachable(await asyncio.to_thread(known_peers.load, home), config.probe_timeout_s)
     if found:
         return Located(found, "known peers")
     if config.lan and not config.is_loopback:
-        found = await reachable(await lan.browse(config.lan_timeout_s), config)
+        found = await reachable(await lan.browse(config.lan_timeout_s), config.probe_timeout_s)
         if found:
             return Located(found, "the local network")
     raise SwarmNotFound(
@@ -91,24 +91,6 @@ async def read_bootstrap_list(source: str, config: DhtConfig) -> tuple[str, ...]
         elif entry:
             maddrs.append(entry)
     return tuple(maddrs)
-
-
-async def reachable(maddrs: Iterable[str], config: DhtConfig) -> tuple[str, ...]:
-    """Those of the first `MAX_ADDRESSES` at which something listens, in the same order."""
-    candidates = [maddr for text in maddrs if (maddr := Maddr.parse(text)) is not None][:MAX_ADDRESSES]
-    answers = await asyncio.gather(*(_listens(maddr, config.probe_timeout_s) for maddr in candidates))
-    return tuple(str(maddr) for maddr, answered in zip(candidates, answers, strict=True) if answered)
-
-
-async def _listens(maddr: Maddr, timeout_s: float) -> bool:
-    try:
-        async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(maddr.host, maddr.port)
-            writer.close()
-            await writer.wait_closed()
-    except (OSError, TimeoutError, UnicodeError):  # UnicodeError: a host name that cannot be encoded
-        return False
-    return True
 
 
 def _read_head(path: str) -> str:

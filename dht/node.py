@@ -31,6 +31,7 @@ from dht import known_peers
 from dht.background import background
 from dht.config import DhtConfig
 from dht.maddr import Maddr, best_first
+from dht.probe import listens
 from dht.validator import PotluckValidator, Verifier, guard
 from protocol.errors import ConfigError, SwarmNotFound
 from protocol.identity import Identity, write_private
@@ -244,6 +245,8 @@ class _Daemon:
 
     async def visit(self, maddr: Maddr, timeout_s: float) -> None:
         """Connect to a node and get into its routing table, and it into ours."""
+        if not await listens(maddr, timeout_s):
+            return  # p2pd would wait longer after each failed dial, up to 5 minutes, also when the node is back
         peer = PeerID.from_base58(maddr.peer_id)
         try:
             async with asyncio.timeout(timeout_s):
@@ -264,7 +267,7 @@ class _Daemon:
     async def end(self, timeout_s: float) -> None:
         """Leave the DHT and end the child, by force if need be."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s if self._p2p._child.returncode is None else 0):
                 await self.dht.shutdown()
         except Exception as error:  # noqa: BLE001  # a dead daemon cannot be asked to remove handlers
             log.debug("leaving the DHT: %r", error)

@@ -69,13 +69,14 @@ class SpanHost:
             model,
             served.fingerprint,
             self.budget,
+            codecs=frozenset(names()),
             max_sessions=config.max_sessions,
             idle_s=config.session_idle_s,
             resume_s=config.resume_s,
         )
         self._config = config
         self._compute = ComputeThread(config.threads)
-        worker = Worker(model, self.sessions, names(), config.max_step_tokens)
+        worker = Worker(model, self.sessions, config.max_step_tokens)
         self.messages = MessageBudget(config.message_mib << 20)
         self.service = PeerService(
             self._describe, self.sessions, worker, self._compute, self.messages, self._max_payload_bytes()

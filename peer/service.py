@@ -89,9 +89,10 @@ class PeerService(pb_grpc.PeerServicer):
                         session = self._open(session, request)
                         yield self._opened(session).to_proto()
                     else:
-                        for reply in result_frames(await self._step(session, request)):
-                            yield reply
+                        result = await self._step(session, request)
                         held.release()
+                        for reply in result_frames(result):
+                            yield reply
                 except PotluckError as error:
                     self.refused += 1
                     # A step that was refused by its header goes on arriving: only a new stream is in order again.

@@ -51,6 +51,7 @@ class SessionTable:
         fingerprint: of the model that is served.
         budget: KV tokens over all sessions.
         max_sessions: sessions at once.
+        codecs: what results can be encoded with.
         idle_s: a session without a step for so long is dropped.
         resume_s: so long a session without a stream waits for its client to come back.
     """
@@ -58,6 +59,7 @@ class SessionTable:
     model: SpanModel
     fingerprint: str
     budget: KvBudget
+    codecs: frozenset[str]
     max_sessions: int
     idle_s: float
     resume_s: float
@@ -73,12 +75,14 @@ class SessionTable:
 
         Raises:
             WrongModel, StaleEpoch, SessionLost, PeerFull, PeerDraining.
-            BadMessage: the model cannot be cut at that span, or the session is open already.
+            BadMessage: the codec is not known, the model cannot be cut there, or the session is open already.
         """
         if request.fingerprint != self.fingerprint:
             raise WrongModel("this peer serves another model, or other weights under the same name")
         if not self.model.span.covers(request.span):
             raise WrongModel(f"this peer serves the blocks {self.model.span}, not {request.span}")
+        if request.codec not in self.codecs:
+            raise BadMessage(f"no codec {request.codec!r} here; there are {', '.join(sorted(self.codecs))}")
         key = (request.session_id, request.span.start)
         known = self._sessions.get(key)
         if known is not None and request.epoch < known.epoch:

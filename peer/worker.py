@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
@@ -29,15 +28,13 @@ class Worker:
 
     Args:
         model: the loaded span.
-        sessions: whose budget the steps grow.
-        codecs: names of the codecs that are taken.
+        sessions: whose budget the steps grow, and whose codecs are taken.
         max_tokens: rows x tokens of one step.
     """
 
-    def __init__(self, model: SpanModel, sessions: SessionTable, codecs: Iterable[str], max_tokens: int) -> None:
+    def __init__(self, model: SpanModel, sessions: SessionTable, max_tokens: int) -> None:
         self._model = model
         self._sessions = sessions
-        self._codecs = frozenset(codecs)
         self._max_tokens = max_tokens
         self._inputs = {HIDDEN, ATTENTION_MASK, POSITION_IDS, *model.extras}
 
@@ -101,10 +98,8 @@ class Worker:
     def _check(self, spec: TensorSpec) -> None:
         if spec.name not in self._inputs:
             raise BadMessage(f"this model has no input named {spec.name!r}")
-        if spec.codec not in self._codecs:
-            raise BadMessage(
-                f"codec {spec.codec!r} was not agreed on; this peer takes {', '.join(sorted(self._codecs))}"
-            )
+        if spec.codec not in self._sessions.codecs:
+            raise BadMessage(f"codec {spec.codec!r} was not agreed on")
         fewest = 3 if spec.name == HIDDEN else 2
         if len(spec.shape) < fewest or spec.keep > spec.shape[token_axis(spec.name)]:
             raise BadMessage(f"tensor {spec.name!r} of shape {spec.shape} with {spec.keep} tokens to keep")

@@ -18,6 +18,7 @@ from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES
 from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
+from tensor_codecs import names
 
 _identities: list[Identity] = []
 
@@ -56,6 +57,7 @@ def record_of(host: SpanHost) -> PeerRecord:
         state="online",
         addresses=(f"127.0.0.1:{host.port}",),
         certificate_der=host.identity.certificate_der,
+        codecs=names(),
         kv_tokens_left=host.budget.tokens_left,
         kv_tokens_total=host.budget.tokens_total,
     )

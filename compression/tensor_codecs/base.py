@@ -82,8 +82,10 @@ class Codec(ABC):
             return torch.empty(tuple(shape), dtype=dtype, device=device)
         # A copy: writable, aligned for every dtype, and independent of the message that it came in.
         packed = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(rows, -1)
-        self._check_rows(packed, width, dtype)
-        return self._unpack(packed.to(device), width, dtype).view(tuple(shape))
+        sent = packed.to(device)
+        if not sent.is_cpu:
+            self._check_rows(packed, width, dtype)
+        return self._unpack(sent, width, dtype).view(tuple(shape))
 
     def _check_dtype(self, dtype: torch.dtype) -> None:
         if dtype not in self.dtypes:
@@ -100,13 +102,20 @@ class Codec(ABC):
 
     @abstractmethod
     def _unpack(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 `[rows, _row_nbytes]` -> contiguous `[rows, width]` of `dtype`, same device. May reuse `packed`."""
-
-    def _check_rows(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> None:
-        """Refuse bytes that no encoder writes, while they are still on the host: uint8 `[rows, _row_nbytes]`.
+        """uint8 `[rows, _row_nbytes]` -> contiguous `[rows, width]` of `dtype`, same device. May reuse `packed`.
 
         Raises:
-            BadPayload: see above.
+            BadPayload: on a CPU, where bytes are wrong that `_check_rows` refuses for other devices.
+        """
+
+    def _check_rows(self, packed: torch.Tensor, width: int, dtype: torch.dtype) -> None:
+        """Look on the host at bytes that are meant for another device, where a kernel could not refuse them.
+
+        Args:
+            packed: uint8 `[rows, _row_nbytes]` in the host's memory.
+
+        Raises:
+            BadPayload: no encoder writes such bytes.
         """
         return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from importlib.util import find_spec
 from typing import Final
 
@@ -22,6 +23,7 @@ _CODECS: Final[dict[str, Codec]] = {
 }
 
 
+@cache
 def names() -> tuple[str, ...]:
     """The codecs that work on this machine, best first. `blockwise8` is among them where bitsandbytes is installed."""
     return tuple(name for name in _CODECS if name != Blockwise8Codec.name or find_spec("bitsandbytes"))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.chain import choose_chain
+from client.chain import agreed_codec, choose_chain
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing
 from protocol.span import Span
@@ -79,6 +79,15 @@ def test_an_avoided_peer_is_used_only_where_there_is_no_other() -> None:
     known = peers("0:12", "0:6", "6:12")
     assert [link.peer.peer_id for link in choose_chain(known, Span(0, 12), avoid={"peer-0"})] == ["peer-1", "peer-2"]
     assert [link.peer.peer_id for link in choose_chain(known[:1], Span(0, 12), avoid={"peer-0"})] == ["peer-0"]
+
+
+def test_the_chain_speaks_one_codec() -> None:
+    new, old, odd = (replace(p, codecs=c) for p, c in zip(
+        peers("0:12", "0:6", "6:12"), [("int8", "none"), ("none",), ("zip",)], strict=True
+    ))  # fmt: skip
+    assert agreed_codec([new, old, odd], 12, ["int8", "none"]) == "int8"
+    assert agreed_codec([replace(new, span=Span(6, 12)), old, odd], 12, ["int8", "none"]) == "none"
+    assert agreed_codec([odd], 12, ["int8", "none"]) == "int8", "then no chain is found, and that is said"
 
 
 @pytest.mark.parametrize("state", ["joining", "draining", "offline"])

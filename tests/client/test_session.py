@@ -81,7 +81,7 @@ async def swarm(
         known = KnownPeers([record_of(host) for host in hosts])
         stack.push_async_callback(known.close)
         events: list[str] = []
-        spec = SessionSpec(hosts[0].served.fingerprint, N_BLOCKS, batch=1, max_tokens=64)
+        spec = SessionSpec(hosts[0].served.fingerprint, N_BLOCKS, codec="none", batch=1, max_tokens=64)
         session = Session(spec, known, Blame(config.avoid_s), config, events.append)
         yield hosts, known, session, events
 
@@ -207,10 +207,10 @@ async def test_a_full_peer_refuses_at_once_and_another_takes_over(checkpoint: Pa
         known.records = known.records[:1]
         await run(first, steps)
         known.records = [record_of(host) for host in hosts]
-        second = Session(first._spec, known, Blame(5.0), CONFIG)
+        second = Session(first.spec, known, Blame(5.0), CONFIG)
         outputs = await run(second, steps)
         assert [link.peer.peer_id for link in second.chain] == [hosts[1].identity.peer_id]
-        third = Session(first._spec, known, Blame(5.0), replace(CONFIG, wait_s=0.0))
+        third = Session(first.spec, known, Blame(5.0), replace(CONFIG, wait_s=0.0))
         with pytest.raises(BlocksMissing, match="sessions already") as caught:
             await run(third, steps)
         assert caught.value.retry_after_s is not None
@@ -222,10 +222,10 @@ async def test_the_kv_budget_is_held(checkpoint: Path) -> None:
     async with swarm(checkpoint, "0:6", config=config, kv_tokens=100) as (hosts, known, session, _):
         await run(session, inputs(1))
         assert hosts[0].budget.tokens_left == 36
-        other = Session(replace(session._spec, max_tokens=37), known, Blame(5.0), config)
+        other = Session(replace(session.spec, max_tokens=37), known, Blame(5.0), config)
         with pytest.raises(BlocksMissing, match="KV budget is used up: 36 of 100"):
             await run(other, inputs(1))
-        growing = Session(replace(session._spec, max_tokens=0), known, Blame(5.0), config)
+        growing = Session(replace(session.spec, max_tokens=0), known, Blame(5.0), config)
         with pytest.raises(BlocksMissing, match="KV budget"):
             await run(growing, inputs(1, prompt=40))
         await session.close()

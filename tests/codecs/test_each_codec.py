@@ -202,6 +202,8 @@ def test_int8_an_outlier_outside_of_its_row_is_refused(rows: int, width: int, sl
     struct.pack_into(code, payload, start + slot * index_size, width if high else -1)
     with pytest.raises(BadPayload, match="outside of its row"):
         codec("int8").decode(payload, x.shape, x.dtype)
+    with pytest.raises(BadPayload, match="outside of its row"):  # what is asked before bytes go to a GPU
+        codec("int8")._check_rows(torch.frombuffer(payload, dtype=torch.uint8).view(rows, -1), width, x.dtype)
 
 
 @given(rows(dtypes=(torch.float32,), max_rows=5))

@@ -36,9 +36,17 @@ def test_other_news_waits_for_the_gap() -> None:
 
 def test_only_a_clear_step_of_load_is_news() -> None:
     before = peer(0, kv_tokens_left=2000, kv_tokens_total=4000, step_ms=10.0, tokens_per_s=100.0)
-    for same in (replace(before, kv_tokens_left=2999), replace(before, step_ms=12.0), replace(before, tokens_per_s=80.0)):
+    for same in (
+        replace(before, kv_tokens_left=2999),
+        replace(before, step_ms=12.0),
+        replace(before, tokens_per_s=80.0),
+    ):
         assert not has_changed(before, same, 0.25)
-    for news in (replace(before, kv_tokens_left=3000), replace(before, step_ms=14.0), replace(before, tokens_per_s=70.0)):
+    for news in (
+        replace(before, kv_tokens_left=3000),
+        replace(before, step_ms=14.0),
+        replace(before, tokens_per_s=70.0),
+    ):
         assert has_changed(before, news, 0.25)
 
 

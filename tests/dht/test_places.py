@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -100,7 +102,15 @@ def test_known_peers_are_few_and_forgotten_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, b'{"peers": 3}', b'{"peers": [1, {"maddr": 1}, {"maddr": "x", "seen": 1}]}'],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100_000,
+        b'{"peers": 3}',
+        b'{"peers": [1, {"maddr": 1}, {"maddr": "x", "seen": 1}]}',
+    ],
 )
 def test_a_damaged_file_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / known_peers.FILE).write_bytes(content)
@@ -176,7 +186,15 @@ def test_another_machines_entry_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"maddrs": ["x"]}, {"maddrs": 3}, {"role": "king"}, {"pid": -1}, {"pid": True}, {"started_at": "x"}, {"machine": 3}],
+    [
+        {"maddrs": ["x"]},
+        {"maddrs": 3},
+        {"role": "king"},
+        {"pid": -1},
+        {"pid": True},
+        {"started_at": "x"},
+        {"machine": 3},
+    ],
 )
 def test_a_damaged_entry_is_removed(tmp_path: Path, values: dict[str, object]) -> None:
     path = entry(tmp_path, **values)
@@ -206,22 +224,33 @@ async def test_only_https_is_fetched() -> None:
             await read_bootstrap_list(url, DhtConfig())
 
 
-async def test_a_url_that_does_not_answer_is_only_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with listening() as port:  # accepts, and says nothing
-        config = DhtConfig(fetch_timeout_s=0.2)
-        assert await read_bootstrap_list(f"https://127.0.0.1:{port}/list", config) == ()
+@pytest.mark.parametrize("behaviour", ["silent", "broken", "absent"])
+async def test_a_url_that_does_not_answer_is_only_warned_of(
+    behaviour: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        if behaviour == "silent":
+            await asyncio.Event().wait()
+        if behaviour == "broken":
+            raise httpx2.ConnectError("refused")
+        return httpx2.Response(404)
+
+    serve_over_https(monkeypatch, answer)
+    assert await read_bootstrap_list("https://swarm.example/list", DhtConfig(fetch_timeout_s=0.1)) == ()
     assert "cannot be fetched" in caplog.text
 
 
-async def test_a_fetched_list_is_read_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2
+def serve_over_https(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    real = httpx2.AsyncClient
+    monkeypatch.setattr(httpx2, "AsyncClient", lambda **kw: real(transport=httpx2.MockTransport(answer), **kw))
 
+
+async def test_a_fetched_list_is_read_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def answer(request: httpx2.Request) -> httpx2.Response:
         assert str(request.url) == "https://swarm.example/list"
         return httpx2.Response(200, content=f"{maddr(0)}\n".encode() + b"#" * (2 * locate.MAX_LIST_BYTES))
 
-    real = httpx2.AsyncClient
-    monkeypatch.setattr(httpx2, "AsyncClient", lambda **kw: real(transport=httpx2.MockTransport(answer), **kw))
+    serve_over_https(monkeypatch, answer)
     assert await read_bootstrap_list("https://swarm.example/list", DhtConfig()) == (maddr(0),)
 
 

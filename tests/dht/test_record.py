@@ -186,7 +186,13 @@ def test_a_record_counts_under_its_own_key_only() -> None:
     assert PeerRecord.decode(RAW, now=NOW, key=peer_key(MODEL, 0))
     with pytest.raises(BadRecord, match="key"):
         PeerRecord.decode(RAW, now=NOW, key=peer_key(OTHER_MODEL, 0))
-    for key in (peer_key(OTHER_MODEL, 0), f"potluck/1/{MODEL}/", f"potluck/1/{MODEL}/64", f"potluck/1/{MODEL}/00", MODELS_KEY):
+    for key in (
+        peer_key(OTHER_MODEL, 0),
+        f"potluck/1/{MODEL}/",
+        f"potluck/1/{MODEL}/64",
+        f"potluck/1/{MODEL}/00",
+        MODELS_KEY,
+    ):
         with pytest.raises(BadRecord, match="key"):
             read(sealed(payload_of(RAW), key=key))
 
@@ -271,7 +277,9 @@ ANYTHING = st.recursive(
     | st.floats()
     | st.text(max_size=50)
     | st.binary(max_size=50),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8) | st.integers(0, 9), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8) | st.integers(0, 9), inner, max_size=4)
+    ),
     max_leaves=10,
 )
 

@@ -95,7 +95,9 @@ async def test_a_client_sees_peers_come_change_and_leave(config: DhtConfig) -> N
                     await reader.wait_until(lambda view: not view.missing(MODEL), TIMEOUT_S)
                     assert reader.view.coverage(MODEL) == (1,) * N_BLOCKS
                 left = await reader.refresh()
-                assert [record.peer_id for record in left.peers(MODEL)] == [identity(0).peer_id], "a tombstone counts at once"
+                assert [record.peer_id for record in left.peers(MODEL)] == [identity(0).peer_id], (
+                    "a tombstone counts at once"
+                )
             assert (await reader.refresh()).models == ()
             assert reader.view.dropped == {}
 
@@ -131,9 +133,13 @@ async def test_bad_records_are_refused_by_nodes_and_never_shown(config: DhtConfi
                 await evil.store(key, value, expiry, subkey=subkey, exclude_self=True)
             await evil.store(key, b"plain", expires_at + 20, exclude_self=True)
             far = now_peer(2, lives_s=3600)
-            await evil.store(key, far.encode(identity(2)), far.expires_at, subkey=identity(2).peer_id, exclude_self=True)
+            await evil.store(
+                key, far.encode(identity(2)), far.expires_at, subkey=identity(2).peer_id, exclude_self=True
+            )
             reasons = first.refused.copy()
-            assert {"the signature is wrong", "the subkey is not the signer", "the record would live too long"} <= set(reasons)
+            assert {"the signature is wrong", "the subkey is not the signer", "the record would live too long"} <= set(
+                reasons
+            )
             # A stored record whose payload is nonsense passes nodes and stops at the reader.
             from dht.envelope import seal
 
@@ -150,16 +156,18 @@ async def test_bad_records_are_refused_by_nodes_and_never_shown(config: DhtConfi
 
 async def test_a_node_that_lies_about_expiry_hides_nobody(config: DhtConfig) -> None:
     from hivemind.dht.node import DHTNode
+    from hivemind.dht.routing import DHTID
     from hivemind.dht.storage import DictionaryDHTValue
     from hivemind.p2p import P2P
-    from hivemind.dht.routing import DHTID
 
     async with two_nodes(config) as (first, second):
         assert await publish(second, 1, now_peer(1))
         key = DHTID.generate(source=peer_key(MODEL, 0))
         p2p = await P2P.create(initial_peers=list(first.maddrs), auto_nat=False, nat_port_map=False)
         # as near to the key as can be, so that it is asked first
-        evil = await DHTNode.create(p2p=p2p, initial_peers=list(first.maddrs), node_id=DHTID(key + 1 if key % 2 == 0 else key - 1))
+        evil = await DHTNode.create(
+            p2p=p2p, initial_peers=list(first.maddrs), node_id=DHTID(key + 1 if key % 2 == 0 else key - 1)
+        )
         try:
             lie = now_peer(2, "0:12", state="offline")
             answer = DictionaryDHTValue(maxsize=1)
@@ -207,42 +215,39 @@ async def test_a_bootstrap_node_that_restarts_finds_its_swarm_again(config: DhtC
                 address = first.maddrs
                 serving = await stack.enter_async_context(open_node(config, identity(1), address))
                 await stack.enter_async_context(announcing(serving, lambda: peer(1), listing(1)))
-            await until(lambda: serving.neighbours == 0 or not daemons_of(address))
+            await until(lambda: serving.neighbours == 0 or not listens_at(address))
             async with open_node(config, who) as again:
                 assert again.maddrs == address
                 await until(lambda: again.neighbours == 1)
-                async with open_node(config, None, address) as newcomer:
-                    async with reading(newcomer) as reader:
-                        await reader.wait_until(lambda view: bool(view.peers(MODEL)), TIMEOUT_S)
+                async with open_node(config, None, address) as newcomer, reading(newcomer) as reader:
+                    await reader.wait_until(lambda view: bool(view.peers(MODEL)), TIMEOUT_S)
 
 
-def daemons_of(address: tuple[str, ...]) -> bool:
+def listens_at(address: tuple[str, ...]) -> bool:
     port = int(address[0].split("/")[4])
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def test_a_daemon_that_dies_is_started_again(config: DhtConfig, caplog: pytest.LogCaptureFixture) -> None:
-    async with open_node(config, identity(0)) as first:
-        async with open_node(config, identity(1), first.maddrs) as second, announcing(second, lambda: peer(1)):
-            [victim] = set(daemons()) - {first_daemon(first)}
-            os.kill(victim, signal.SIGKILL)
-            await until(lambda: victim not in daemons() and len(daemons()) == 2 and second.neighbours == 1)
-            assert "starting it again" in caplog.text
-            assert await publish(second, 1, now_peer(1, "0:5"))
-            view = await SwarmReader(first, [MODEL]).refresh()
-            assert [str(record.span) for record in view.peers(MODEL)] == ["0:5"]
+    async with two_nodes(config) as (first, second), announcing(second, lambda: peer(1)):
+        victim = daemon_of(second)
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: victim not in daemons() and len(daemons()) == 2 and second.neighbours == 1)
+        assert "starting it again" in caplog.text
+        assert await publish(second, 1, now_peer(1, "0:5"))
+        view = await SwarmReader(first, [MODEL]).refresh()
+        assert [str(record.span) for record in view.peers(MODEL)] == ["0:5"]
 
 
-def first_daemon(node: SwarmNode) -> int:
+def daemon_of(node: SwarmNode) -> int:
     assert node._daemon is not None
     return int(node._daemon._p2p._child.pid)
 
 
 async def test_a_frozen_daemon_is_killed_at_the_end(config: DhtConfig) -> None:
     async with open_node(replace(config, stop_timeout_s=0.3), identity(0)) as node:
-        os.kill(first_daemon(node), signal.SIGSTOP)
-        assert not await asyncio.wait_for(publish(node, 0, now_peer(0)), TIMEOUT_S) or True
+        os.kill(daemon_of(node), signal.SIGSTOP)
         started = time.monotonic()
     assert time.monotonic() - started < 5
 
@@ -336,7 +341,7 @@ async def test_an_announced_host_is_the_address(config: DhtConfig) -> None:
 
 
 async def test_known_peers_are_saved_while_the_node_runs(config: DhtConfig) -> None:
-    async with two_nodes(config) as (first, second):
+    async with two_nodes(config) as (first, _):
         await until(lambda: first.maddrs[0] in known_peers.load(config.home_folder))
 
 
@@ -359,7 +364,7 @@ def test_a_client_in_a_thread_of_its_own_under_uvloop(config: DhtConfig) -> None
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(look())
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001  # shown by the assertion below
             views.append(error)
 
     thread = threading.Thread(target=run)

@@ -23,9 +23,7 @@ KEY = peer_key(MODEL, 0)
 RAW = peer(0).encode(identity(0))
 
 
-def stored(
-    raw: object = RAW, key: str = KEY, subkey: object = None, expires_at: float = NOW + 60
-) -> DHTRecord:
+def stored(raw: object = RAW, key: str = KEY, subkey: object = None, expires_at: float = NOW + 60) -> DHTRecord:
     """A record as hivemind hands it to the validator."""
     subkey = identity(0).peer_id if subkey is None else subkey
     return DHTRecord(DHTID.generate(source=key).to_bytes(), msgpack.packb(subkey), msgpack.packb(raw), expires_at)

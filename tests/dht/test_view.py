@@ -36,9 +36,7 @@ def as_findings(record: PeerRecord | ModelRecord) -> Findings:
 
 
 def test_a_swarm_of_three() -> None:
-    view = view_of(
-        peer(0, "0:10"), peer(1, "8:16"), peer(2, "20:24", "joining"), listing(0), listing(1), listing(2)
-    )
+    view = view_of(peer(0, "0:10"), peer(1, "8:16"), peer(2, "20:24", "joining"), listing(0), listing(1), listing(2))
     assert [model.name for model in view.models] == ["test/model"]
     assert [str(record.span) for record in view.peers(MODEL)] == ["0:10", "8:16", "20:24"]
     assert view.missing(MODEL) == (Span(16, 24),)

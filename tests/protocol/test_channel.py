@@ -158,17 +158,20 @@ async def test_a_silent_network_is_noticed_without_a_deadline(
     monkeypatch.setattr(module, "KEEPALIVE_EVERY_MS", 200)
     monkeypatch.setattr(module, "KEEPALIVE_TIMEOUT_MS", 200)
     monkeypatch.setattr(module, "MIN_PING_GAP_MS", 100)
-    async with serving(identity) as port, black_hole(port) as (hole, frozen):
-        async with open_channel(f"127.0.0.1:{hole}", identity.certificate_der, max_message_bytes=LIMIT) as channel:
-            stream = channel.stream_stream("/Test/stream")()
-            await stream.write(b"1")
-            assert await stream.read() == b"1"
-            frozen.set()
-            await stream.write(b"2")
-            async with asyncio.timeout(TIMEOUT_S):
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await stream.read()
-            assert isinstance(peer_error(caught.value), PeerLost)
+    async with (
+        serving(identity) as port,
+        black_hole(port) as (hole, frozen),
+        open_channel(f"127.0.0.1:{hole}", identity.certificate_der, max_message_bytes=LIMIT) as channel,
+    ):
+        stream = channel.stream_stream("/Test/stream")()
+        await stream.write(b"1")
+        assert await stream.read() == b"1"
+        frozen.set()
+        await stream.write(b"2")
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+        assert isinstance(peer_error(caught.value), PeerLost)
 
 
 @contextlib.asynccontextmanager

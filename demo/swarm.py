@@ -1,0 +1,249 @@
+"""A swarm on this machine: real processes on 127.0.0.1, and accidents. Prints nothing.
+
+Everything lives in a temporary home (`POTLUCK_HOME`), so that the demo neither meets nor disturbs another swarm. Each
+process leads a process group of its own, in which its p2pd runs too: to end the group is to leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from protocol.span import Span
+
+MODEL = "potluck-demo"
+
+START_TIMEOUT_S = 90.0
+"""For a process to say that it is ready; on a busy machine most of it goes into importing torch."""
+LEAVE_TIMEOUT_S = 8.0
+"""For a process to leave the swarm by itself; then it is killed."""
+GONE_TIMEOUT_S = 5.0
+"""For killed processes to be gone."""
+LOOK_EVERY_S = 0.1
+
+HOME_PREFIX = "potluck-demo-"
+SETTINGS = """\
+# The demo's swarm stays on this machine, and leaves room for its other processes.
+[dht]
+host = "127.0.0.1"
+lan = false
+[peer]
+host = "127.0.0.1"
+lan = false
+threads = 1
+"""
+_BOOTSTRAP_READY = re.compile(r"(?P<maddr>/\S+/p2p/\S+)")
+_PEER_READY = re.compile(r"peer (?P<id>\S+) serves blocks (?P<span>\d+:\d+) of ")
+
+
+class DemoFailed(Exception):
+    """The demo did not go as it must; one sentence."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A process of the swarm that said it is ready. `ready_s`: how long that took."""
+
+    process: asyncio.subprocess.Process
+    ready_s: float
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def runs(self) -> bool:
+        return self.process.returncode is None
+
+
+@dataclass(frozen=True)
+class PeerNode(Node):
+    """A peer that serves the blocks of `span`."""
+
+    peer_id: str
+    span: Span
+
+
+class LocalSwarm:
+    """The processes of one swarm. Made by `local_swarm`, which ends them too.
+
+    Attributes:
+        maddr: where others join; once the bootstrap node runs.
+        peers: by peer id; also those that were killed.
+    """
+
+    def __init__(self, home: Path, model: str) -> None:
+        self.home = home
+        self.model = model
+        self.maddr = ""
+        self.peers: dict[str, PeerNode] = {}
+        self._processes: list[asyncio.subprocess.Process] = []
+
+    async def start_bootstrap(self) -> Node:
+        """Start the node through which the others meet.
+
+        Raises:
+            DemoFailed: it did not become ready.
+        """
+        node, said = await self._start("the bootstrap node", ("dht", "bootstrap"), _BOOTSTRAP_READY)
+        self.maddr = said["maddr"]
+        return node
+
+    async def start_peer(self, span: Span) -> PeerNode:
+        """Start a peer that serves the blocks of `span`.
+
+        Raises:
+            DemoFailed: it did not become ready.
+        """
+        model = () if self.model == MODEL else ("--model", self.model)
+        command = ("peer", "serve", "--blocks", str(span), *model, "--join", self.maddr)
+        node, said = await self._start(f"the peer of blocks {span}", command, _PEER_READY)
+        peer = self.peers[said["id"]] = PeerNode(node.process, node.ready_s, said["id"], Span.parse(said["span"]))
+        return peer
+
+    async def _start(self, name: str, arguments: Collection[str], ready: re.Pattern[str]) -> tuple[Node, re.Match[str]]:
+        """A process of `python -m <arguments>`, and the line by which it said that it is ready."""
+        started_s = time.monotonic()
+        log = self.home / f"process-{len(self._processes)}.log"
+        with _appended(log) as stderr:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", *arguments,
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
+                start_new_session=True,
+            )  # fmt: skip
+        self._processes.append(process)
+        said = await _first_line(process, ready, name, log)
+        return Node(process, time.monotonic() - started_s), said
+
+    def kill(self, peer_id: str) -> PeerNode:
+        """SIGKILL for one peer, by its process id: it cannot say goodbye. From any thread; does not wait.
+
+        Raises:
+            DemoFailed: it is none of this swarm's, or not running.
+        """
+        node = self.peers.get(peer_id)
+        if node is None or not node.runs:
+            raise DemoFailed(f"peer {peer_id} is no running process of this demo")
+        os.kill(node.pid, signal.SIGKILL)
+        return node
+
+    def kill_all(self) -> None:
+        """SIGKILL for every process and its p2pd."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # the whole group has ended
+                os.killpg(process.pid, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Let all processes leave by themselves, kill those that do not, and see that none is left.
+
+        Raises:
+            DemoFailed: a process survived.
+        """
+        for process in self._processes:
+            if process.returncode is None:
+                process.terminate()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await asyncio.gather(*(process.wait() for process in self._processes))
+        self.kill_all()
+        try:
+            async with asyncio.timeout(GONE_TIMEOUT_S):
+                await asyncio.gather(*(process.wait() for process in self._processes))
+                while _alive(self._groups):  # noqa: ASYNC110  # nothing tells of a process that is no child of ours
+                    await asyncio.sleep(LOOK_EVERY_S)
+        except TimeoutError:
+            left = ", ".join(map(str, _alive(self._groups)))
+            raise DemoFailed(f"these processes of the demo are still running: {left}") from None
+
+    @property
+    def _groups(self) -> frozenset[int]:
+        return frozenset(process.pid for process in self._processes)
+
+
+@contextlib.asynccontextmanager
+async def local_swarm(model: str = MODEL) -> AsyncIterator[LocalSwarm]:
+    """An empty swarm in a new temporary home; all its processes end with the context, whatever happens.
+
+    Raises:
+        DemoFailed: a process could not be ended.
+    """
+    with tempfile.TemporaryDirectory(prefix=HOME_PREFIX, ignore_cleanup_errors=True) as folder, _at_home(folder):
+        swarm = LocalSwarm(Path(folder), model)
+        try:
+            yield swarm
+        finally:
+            await swarm.stop()
+
+
+@contextlib.contextmanager
+def _at_home(folder: str) -> Iterator[None]:
+    """This process, and those it starts, use `folder` and its settings; what the user set otherwise is put aside."""
+    Path(folder, "config.toml").write_text(SETTINGS)
+    own = {name: value for name, value in os.environ.items() if name.startswith("POTLUCK_")}
+    for name in own:
+        del os.environ[name]
+    os.environ["POTLUCK_HOME"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["POTLUCK_HOME"]
+        os.environ.update(own)
+
+
+@contextlib.contextmanager
+def _appended(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("ab") as file:
+        yield file
+
+
+async def _first_line(
+    process: asyncio.subprocess.Process, wanted: re.Pattern[str], name: str, log: Path
+) -> re.Match[str]:
+    """The first line of a process's output that begins as `wanted`."""
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while line := await process.stdout.readline():
+                if match := wanted.match(line.decode(errors="replace")):
+                    return match
+    except TimeoutError:
+        raise DemoFailed(f"{name} was not ready within {START_TIMEOUT_S:g} s; {_last_words(log)}") from None
+    raise DemoFailed(f"{name} ended before it was ready; {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    said = [line for line in lines if line.strip()]
+    return f"its last words: {said[-1].strip()}" if said else "it said nothing"
+
+
+def _alive(groups: Collection[int]) -> list[int]:
+    """Processes of these process groups, zombies left out: nobody may be there to reap them."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) in groups and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def uneven_spans(model: str = MODEL) -> tuple[Span, ...]:
+    """Three spans of unequal length that cover all blocks of a model once: 0:9, 9:15 and 15:24 of 24."""
+    from slicing import resolve
+
+    n_blocks = int(json.loads(resolve(model).file("config.json").read_text())["num_hidden_layers"])
+    first, second = round(n_blocks * 3 / 8), round(n_blocks * 5 / 8)
+    return (Span(0, first), Span(first, second), Span(second, n_blocks))
