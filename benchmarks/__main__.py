@@ -11,6 +11,7 @@ import click
 # Name -> (module, what it measures). Each module has `run() -> None`, which prints its report and writes it to `docs/`.
 SCENARIOS: Final[dict[str, tuple[str, str]]] = {
     "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
+    "accuracy": ("benchmarks.accuracy", "right answers of the demo model with each codec; writes docs/accuracy.md"),
 }
 
 

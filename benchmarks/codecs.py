@@ -26,8 +26,8 @@ INTRODUCTION: Final = """\
 # Codecs
 
 How activations become bytes. The codec is agreed on when two sides meet (`tensor_codecs.negotiate`); `int8` is the
-default. Every codec is row-local (a token's bytes depend on that token alone) and of static size; the rules for NaN, Inf
-and overflow stand at the top of each file in `compression/tensor_codecs/`.
+default. Every codec is row-local (a token's bytes depend on that token alone) and of static size; the rules for NaN,
+Inf and overflow stand at the top of each file in `compression/tensor_codecs/`.
 
 This page is written by `python -m benchmarks run codecs`.
 
@@ -36,8 +36,9 @@ This page is written by `python -m benchmarks run codecs`.
   have them (6 channels times 60, 0.01 % of values times 20); and on the values of these that are no outliers. Width
   4096, float32.
 - **time**: encode, plus decode, over casting the same float32 tensor to bfloat16 and back; one thread, medians of
-  {repeats} interleaved repeats with warm caches, torch {torch} on {capability}. On one token nearly all of it is the
-  fixed cost of calling kernels: the last column is that time in microseconds, on the machine that wrote this page.
+  {repeats} interleaved repeats, each the best of 7 calls in a row; torch {torch} on {capability}. On one token nearly
+  all of it is the fixed cost of calling kernels: the last column is that time in microseconds, on the machine that
+  wrote this page.
 """
 
 
@@ -105,7 +106,7 @@ def activation_errors(cuts: Mapping[int, torch.Tensor]) -> str:
 
 
 def time_all(x: torch.Tensor, repeats: int = REPEATS) -> dict[str, Timing]:
-    """Each codec's time on `x`. In each repeat the cast and all codecs have a turn, so that all see the same machine."""
+    """Each codec's time on `x`. In each repeat the cast and all codecs have a turn, so that all see one machine."""
     calls: dict[str, Callable[[], object]] = {"cast": lambda: x.to(torch.bfloat16).to(torch.float32)}
     for name in names():
         calls[f"{name} encode"] = partial(codec(name).encode, x)
@@ -119,13 +120,13 @@ def time_all(x: torch.Tensor, repeats: int = REPEATS) -> dict[str, Timing]:
 
 
 def _turn(call: Callable[[], object], calls: int = 7) -> float:
-    """The median time of a few calls in a row, in seconds: the first ones, in which caches fill, do not count."""
+    """The least time of a few calls in a row, in seconds: caches are warm then, and nobody else had the core."""
     times = []
     for _ in range(calls):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return median(times[2:])
+    return min(times)
 
 
 def report() -> str:

@@ -235,7 +235,6 @@ class Session:
         Raises:
             BlocksMissing: named blocks had no peer, or none that answered, for too long.
         """
-        self._epoch += 1
         waiting = ""
         while True:
             try:
@@ -256,6 +255,7 @@ class Session:
 
     async def _open_chain(self, wanted: Span) -> None:
         """One attempt: choose, open all hops at once, replay. On an error nothing of the attempt remains."""
+        self._epoch += 1  # of each attempt: a peer that an earlier one opened would not open the session again
         able = [peer for peer in self._peers.peers() if self.spec.codec in peer.codecs]
         links = choose_chain(able, wanted, avoid=self._blame.avoided())
         hops = [self._hop(link) for link in links]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -62,8 +62,10 @@ class Recipe:
     clip: float = 1.0
     margin: float = 1.5  # cross entropy [nats per token] that a broken chain should add to each answer
     small: Stage = Stage(steps=3400, tokens=4096, muon_lr=0.02, adam_lr=3e-3, warmup=100, final_lr=0.1, decay=0.3)
-    grown: Stage = Stage(steps=1000, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=30, final_lr=0.0, decay=0.7,
-                         broken_chains=6, broken_tokens=256, broken_weight=0.7, zero_lr=0.04, idle_weight=5.0)  # fmt: skip
+    grown: Stage = Stage(steps=400, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=30, final_lr=6 / 7, decay=0.25,
+                         broken_chains=6, broken_tokens=256, broken_weight=0.7, zero_lr=0.04, idle_weight=5.0)
+    settled: Stage = Stage(steps=480, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=10, final_lr=0.0, decay=1.0,
+                           broken_chains=6, broken_tokens=256, broken_weight=0.7, idle_weight=5.0)  # fmt: skip
     threads: int = 2
 
 
@@ -247,9 +249,9 @@ def run_stage(
     recipe: Recipe,
     stage: Stage,
     source: Iterator[Question],
-    save: Callable[[], None],
+    folder: Path,
 ) -> None:
-    """Trains the model in place; calls `save` now and then."""
+    """Trains the model in place, and saves it into `folder` now and then."""
     model.train()
     optims = optimizers(model, recipe, stage)
     breaker = Breaker(recipe, stage) if stage.broken_chains else None
@@ -280,14 +282,14 @@ def run_stage(
         if (step + 1) % 25 == 0:
             worst, every = breaker.state() if breaker else (0.0, 0.0)
             log.info(
-                "step %d/%d: loss %.4f, hinge of the chosen broken chains %.3f (all %.3f, worst %.2f), idle %.3f, %.2f s",
+                "step %d/%d: loss %.4f, hinge of the broken chains run %.3f (all %.3f, worst %.2f), idle %.3f, %.2f s",
                 step + 1, stage.steps, right_sum / 25, broken_sum / 25, every, worst, idle.item(),
                 (time.monotonic() - since) / 25,
             )  # fmt: skip
             right_sum, broken_sum, since = 0.0, 0.0, time.monotonic()
         if (step + 1) % 100 == 0:
-            save()
-    save()
+            save_model(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -296,22 +298,23 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def train(recipe: Recipe, folder: Path, small: Path | None = None) -> LlamaForCausalLM:
-    """Trains by the recipe into `folder`; starts from the small model of an earlier run, if one is given."""
+def train(recipe: Recipe, folder: Path, work: Path) -> LlamaForCausalLM:
+    """Trains by the recipe into `folder`; stages are kept in `work`, and one that is finished there is not repeated."""
     torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
     begin = time.monotonic()
-    if small is None:
-        model = new_model(recipe, tokenizer, recipe.seed_blocks)
-        run_stage(model, tokenizer, recipe, recipe.small, stream(recipe.seed, "train"),
-                  lambda: save_model(model, tokenizer, folder / "small"))  # fmt: skip
-        log.info("%d blocks trained after %.0f s", recipe.seed_blocks, time.monotonic() - begin)
-    else:
-        model = LlamaForCausalLM.from_pretrained(small, dtype=torch.float32)
-    torch.manual_seed(recipe.seed + 1)  # so that both ways lead to the same model
-    big = grow(model, recipe, tokenizer)
-    run_stage(big, tokenizer, recipe, recipe.grown, stream(recipe.seed + 1, "train"),
-              lambda: save_model(big, tokenizer, folder))  # fmt: skip
-    log.info("%d blocks trained after %.0f s", recipe.blocks, time.monotonic() - begin)
-    return big
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe, tokenizer, recipe.seed_blocks)
+    stages = {"small": recipe.small, "grown": recipe.grown, "settled": recipe.settled}
+    for number, (name, stage) in enumerate(stages.items()):
+        if name == "grown":
+            model = grow(model, recipe, tokenizer)
+        if (work / name).exists():
+            model = LlamaForCausalLM.from_pretrained(work / name, dtype=torch.float32)
+            continue
+        unfinished = work / f"{name}-unfinished"
+        run_stage(model, tokenizer, recipe, stage, stream(recipe.seed + number, "train"), unfinished)
+        unfinished.rename(work / name)
+        log.info("stage %s finished after %.0f s", name, time.monotonic() - begin)
+    save_model(model, tokenizer, folder)
+    return model

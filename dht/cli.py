@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dht import ports
 from dht.config import DhtConfig
 from dht.maddr import Maddr
 from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
@@ -27,6 +28,9 @@ def main(verbose: int) -> None:
 def bootstrap(**flags: Any) -> None:
     """Run a node for others to join through. Its address stays the same over restarts."""
     config = load(DhtConfig, flags, section="dht")
+    ports.bind(config.host, config.port)  # mistakes are told before hivemind is imported, which takes seconds
+    for text in config.join:
+        Maddr.require(text)
     tame_libraries()
     asyncio.run(_until_signal(config))
 

@@ -69,3 +69,12 @@ def best_first(texts: Iterable[str]) -> tuple[str, ...]:
     """Addresses that others can use before those that only this machine can; what is no address is left out."""
     maddrs = [maddr for text in texts if (maddr := Maddr.parse(text)) is not None]
     return tuple(str(maddr) for maddr in sorted(maddrs, key=lambda maddr: maddr.is_loopback))
+
+
+def transport(host: str, port: int) -> str:
+    """How to reach a host: `/ip4/HOST/tcp/PORT`, or `/ip6`, or `/dns` for a name."""
+    try:
+        kind = "ip6" if ipaddress.ip_address(host).version == 6 else "ip4"
+    except ValueError:
+        kind = "dns"
+    return f"/{kind}/{host}/tcp/{port}"

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import socket
 import statistics
 import time
 from collections import Counter
@@ -27,14 +25,14 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from dht import known_peers
+from dht import known_peers, ports
 from dht.background import background
 from dht.config import DhtConfig
-from dht.maddr import Maddr, best_first
+from dht.maddr import Maddr, best_first, transport
 from dht.probe import listens
 from dht.validator import PotluckValidator, Verifier, guard
 from protocol.errors import ConfigError, SwarmNotFound
-from protocol.identity import Identity, write_private
+from protocol.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,6 @@ MAX_CLOCK_SKEW_S = 3.0
 """hivemind's own bound: further apart, nodes refuse or forget each other's records."""
 MAX_LEARNED = 64
 FEW_NEIGHBOURS = 3
-PORT_FILE = "dht-port"
 PORT_ATTEMPTS = 3
 
 
@@ -142,13 +139,13 @@ class SwarmNode:
             await daemon.end(self.config.stop_timeout_s)
 
     async def tend(self) -> None:
-        """Restart the daemon when it dies; go back to lost nodes, so that no restart splits the swarm for good."""
+        """Restart the daemon when it dies; keep in touch with other nodes, so that no restart splits the swarm."""
         while True:
             if await self._running.wait_for_end(self.config.reconnect_every_s):
                 log.warning("the DHT daemon ended unexpectedly; starting it again")
                 await self._restart()
-            for maddr in self._to_visit():
-                await self._running.visit(maddr, self.config.rpc_timeout_s)
+            visits = (self._running.visit(maddr, self.config.rpc_timeout_s) for maddr in self._to_visit())
+            await asyncio.gather(*visits)
             await self._remember()
 
     async def _remember(self) -> None:
@@ -181,11 +178,9 @@ class SwarmNode:
                 await asyncio.sleep(self.config.reconnect_every_s)
 
     def _to_visit(self) -> list[Maddr]:
-        table = self._running.table
-        lost = [maddr for peer_id, maddr in self._initial.items() if PeerID.from_base58(peer_id) not in table]
-        if len(table.uid_to_peer_id) < FEW_NEIGHBOURS:
-            lost += [maddr for peer_id, maddr in self._learned.items() if PeerID.from_base58(peer_id) not in table]
-        return lost
+        """The nodes through which we joined, always: one that restarted knows nobody. Others when we know few."""
+        nodes = {**self._learned, **self._initial} if self.neighbours < FEW_NEIGHBOURS else self._initial
+        return list(nodes.values())
 
 
 @contextlib.asynccontextmanager
@@ -321,9 +316,9 @@ async def _start_p2pd(config: DhtConfig, identity: Identity | None, key_path: Pa
         listening: dict[str, Any] = {"host_maddrs": None, "no_listen": True, "dht_mode": "client"}
         port = 0
         if identity is not None:
-            port = _choose_port(config, identity, remembered=attempt == 0)
-            announced = None if config.announce_host is None else [_transport(config.announce_host, port)]
-            listening = {"host_maddrs": [_transport(config.host, port)], "announce_maddrs": announced}
+            port = ports.choose(config, identity.folder if attempt == 0 else None)
+            announced = None if config.announce_host is None else [transport(config.announce_host, port)]
+            listening = {"host_maddrs": [transport(config.host, port)], "announce_maddrs": announced}
         try:
             p2p = await _create_p2p(
                 config.stop_timeout_s,
@@ -344,7 +339,7 @@ async def _start_p2pd(config: DhtConfig, identity: Identity | None, key_path: Pa
                 continue  # someone took the port between our look and the daemon's
             raise ConfigError(f"the DHT daemon did not start: {error}") from None
         if identity is not None and identity.folder is not None:
-            await asyncio.to_thread(write_private, identity.folder / PORT_FILE, str(port).encode())
+            await asyncio.to_thread(ports.remember, identity.folder, port)
         return p2p
     raise ConfigError(f"no free port was found on {config.host}")
 
@@ -367,7 +362,7 @@ async def _create_p2p(stop_timeout_s: float, **arguments: Any) -> P2P:
 
 
 async def _end_p2pd(p2p: P2P, timeout_s: float) -> None:
-    """SIGTERM, wait, and SIGKILL if that did not do."""
+    """SIGTERM, wait, and SIGKILL if that did not do. Leaves none of hivemind's tasks behind."""
     child = p2p._child
     p2p._terminate()  # synchronous: the child is told to end even if this task is cancelled again
     if child is None:
@@ -378,49 +373,18 @@ async def _end_p2pd(p2p: P2P, timeout_s: float) -> None:
     except TimeoutError:
         child.kill()
         await child.wait()
-
-
-def _choose_port(config: DhtConfig, identity: Identity, *, remembered: bool) -> int:
-    """The configured port, else the one this identity had last time, else any that is free.
-
-    p2pd shares ports (SO_REUSEPORT): on a taken one it starts, and gets half of the other's connections. So look first.
-
-    Raises:
-        ConfigError: the configured port is taken, or the host is not an address of this machine.
-    """
-    if config.port:
-        return _bind(config.host, config.port)
-    if remembered and identity.folder is not None:
-        with contextlib.suppress(OSError, ValueError, ConfigError):
-            return _bind(config.host, int((identity.folder / PORT_FILE).read_text()))
-    return _bind(config.host, 0)
-
-
-def _bind(host: str, port: int) -> int:
-    try:
-        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    except ValueError:
-        raise ConfigError(
-            f"{host!r} is not an IP address; use e.g. 0.0.0.0 for all of this machine's, or 127.0.0.1"
-        ) from None
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OverflowError:
-            raise ConfigError(f"{port} is not a TCP port") from None
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-        return int(probe.getsockname()[1])
-
-
-def _transport(host: str, port: int) -> str:
-    try:
-        kind = "ip6" if ipaddress.ip_address(host).version == 6 else "ip4"
-    except ValueError:
-        kind = "dns"
-    return f"/{kind}/{host}/tcp/{port}"
+    control = None if p2p._client is None else p2p._client.control
+    tasks = [p2p._reader_task, p2p._listen_task]
+    if control is not None:
+        tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    if running:
+        done, _ = await asyncio.wait(running, timeout=timeout_s)
+        for task in done:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.debug("hivemind's %s ended with %r", task.get_name(), error)  # else asyncio logs a traceback
 
 
 def _check_joined(offsets: list[float], initial: Sequence[Maddr]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dht import known_peers
+from dht import known_peers, ports
 from dht import node as module
 from dht.announcer import announcing
 from dht.config import DhtConfig
@@ -329,7 +329,7 @@ async def test_a_remembered_port_that_was_taken_is_replaced(config: DhtConfig, t
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        (tmp_path / "identity" / module.PORT_FILE).write_text(str(taken))
+        (tmp_path / "identity" / ports.FILE).write_text(str(taken))
         async with open_node(config, who) as node:
             assert f"/tcp/{taken}/" not in node.maddrs[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def pytest_runtest_makereport(
         for process in processes.running:
             report.sections.append((f"stderr of {process.pid} {process.name}", process.stderr[-SHOWN_CHARS:]))
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ended_by_a_signal_too() -> Iterator[None]:
+    """SIGTERM (of a time limit, say) ends the tests as Ctrl-C does: the processes that they started end with them."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

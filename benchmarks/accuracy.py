@@ -1,0 +1,113 @@
+"""What compression costs in right answers: the demo model through three real peers. Writes `docs/accuracy.md`.
+
+Paired: the same held-out questions go through the same chain with each codec. An answer is right if every token of it
+is (see `demo.evaluate`); one forward pass through the swarm decides that for a whole batch. Also: the error that
+each codec makes on the model's own activations, at every cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from client import SwarmModel, SwarmModelForCausalLM
+from demo.chains import IGNORED
+from demo.evaluate import batches, load
+from demo.swarm import MODEL, local_swarm, uneven_spans
+from demo.world import questions
+from tensor_codecs import codec, names
+
+QUESTIONS: Final = 2400
+BATCH: Final = 60
+SEED: Final = 11
+ACTIVATION_QUESTIONS: Final = 200
+DOC: Final = Path(__file__).parents[1] / "docs" / "accuracy.md"
+
+INTRODUCTION: Final = """\
+# What compression costs
+
+This page is written by `python -m benchmarks run accuracy`: {n} held-out questions, put to `potluck-demo` through three
+peers (blocks {spans}), once with each codec. A question counts only if every token of its answer is right. `lost` and
+`won` count the questions that `none` answers and the codec does not, and the other way round.
+"""
+
+
+def run() -> None:
+    """Measure, print, write the page."""
+    lines = [INTRODUCTION.format(n=QUESTIONS, spans=", ".join(map(str, uneven_spans())))]
+    lines += ["| codec | right answers | against `none` | lost | won |", "|---|---|---|---|---|"]
+    right = asyncio.run(_right_by_codec(names()))
+    for name, hits in right.items():
+        lines.append(_row(name, hits, right["none"]))
+    lines += ["", "## Error on the model's own activations", ""]
+    lines += _activation_table()
+    page = "\n".join(lines) + "\n"
+    DOC.write_text(page)
+    print(page)
+
+
+def _row(name: str, hits: Tensor, reference: Tensor) -> str:
+    share, other = hits.float().mean().item(), reference.float().mean().item()
+    lost, won = int((reference & ~hits).sum()), int((hits & ~reference).sum())
+    return f"| `{name}` | {share:.2%} | {100 * (share - other):+.2f} points | {lost} | {won} |"
+
+
+async def _right_by_codec(codecs: Sequence[str]) -> Mapping[str, Tensor]:
+    """Per codec, which of the questions are answered exactly: bool [questions]."""
+    async with local_swarm() as swarm:
+        await swarm.start_bootstrap()
+        await asyncio.gather(*(swarm.start_peer(span) for span in uneven_spans()))
+        return {name: await asyncio.to_thread(_right, swarm.maddr, name) for name in codecs}
+
+
+def _right(maddr: str, codec_name: str) -> Tensor:
+    sample = questions(SEED, QUESTIONS, "held_out")
+    _, tokenizer = load()
+    with SwarmModelForCausalLM.from_pretrained(MODEL, join=[maddr], codec=codec_name) as model:
+        found = [_exact(model, batch.ids, batch.labels) for batch in batches(tokenizer, sample, BATCH)]
+        if len(model.chain) != len(uneven_spans()):
+            raise RuntimeError(f"the answers went through {len(model.chain)} peers")
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def _exact(model: SwarmModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """Per row, whether every label is the likeliest token: bool [rows], of int64 [rows, length] both."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(dim=1)
+
+
+def _activation_table() -> list[str]:
+    """Per cut and codec, the relative L2 error of a round trip of the hidden states that cross there."""
+    activations = _activations()
+    lossy = [name for name in names() if name != "none"]
+    lines = [f"Relative L2 error, {ACTIVATION_QUESTIONS} questions.", ""]
+    lines += ["| cut | " + " | ".join(f"`{name}`" for name in lossy) + " |", "|---" * (len(lossy) + 1) + "|"]
+    for cut, hidden in activations.items():
+        lines.append(f"| {cut} | " + " | ".join(f"{_error(name, hidden):.1e}" for name in lossy) + " |")
+    return lines
+
+
+@torch.inference_mode()
+def _activations() -> dict[int, Tensor]:
+    """Hidden states before each block, and after the last: float32 [tokens, width], padding left out."""
+    model, tokenizer = load()
+    sample = questions(SEED, ACTIVATION_QUESTIONS, "held_out")
+    found: dict[int, list[Tensor]] = {}
+    for batch in batches(tokenizer, sample, BATCH):
+        states = model(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
+        kept = batch.ids != tokenizer.pad_token_id
+        for cut, hidden in enumerate(states[:-1]):  # the last one is after the final norm, which no wire carries
+            found.setdefault(cut, []).append(hidden[kept])
+    return {cut: torch.cat(parts) for cut, parts in found.items()}
+
+
+def _error(name: str, hidden: Tensor) -> float:
+    chosen = codec(name)
+    back = chosen.decode(chosen.encode(hidden), tuple(hidden.shape), hidden.dtype)
+    return float((back - hidden).norm() / hidden.norm())
