@@ -15,12 +15,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from benchmarks.codecs import activation_errors
 from client import SwarmModel, SwarmModelForCausalLM
 from demo.chains import IGNORED
 from demo.evaluate import batches, load
 from demo.swarm import MODEL, local_swarm, uneven_spans
 from demo.world import questions
-from tensor_codecs import codec, names
+from tensor_codecs import names
 
 QUESTIONS: Final = 2400
 BATCH: Final = 60
@@ -36,6 +37,13 @@ peers (blocks {spans}), once with each codec. A question counts only if every to
 `won` count the questions that `none` answers and the codec does not, and the other way round.
 """
 
+ACTIVATIONS: Final = """\
+## Error on the model's own activations
+
+Relative L2 error of a round trip of the hidden states of {n} questions, at every block where the model may be cut;
+`peak` is their largest magnitude over their root mean square.
+"""
+
 
 def run() -> None:
     """Measure, print, write the page."""
@@ -44,8 +52,7 @@ def run() -> None:
     right = asyncio.run(_right_by_codec(names()))
     for name, hits in right.items():
         lines.append(_row(name, hits, right["none"]))
-    lines += ["", "## Error on the model's own activations", ""]
-    lines += _activation_table()
+    lines += ["", ACTIVATIONS.format(n=ACTIVATION_QUESTIONS), activation_errors(_activations())]
     page = "\n".join(lines) + "\n"
     DOC.write_text(page)
     print(page)
@@ -82,17 +89,6 @@ def _exact(model: SwarmModel, ids: Tensor, labels: Tensor) -> Tensor:
     return ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(dim=1)
 
 
-def _activation_table() -> list[str]:
-    """Per cut and codec, the relative L2 error of a round trip of the hidden states that cross there."""
-    activations = _activations()
-    lossy = [name for name in names() if name != "none"]
-    lines = [f"Relative L2 error, {ACTIVATION_QUESTIONS} questions.", ""]
-    lines += ["| cut | " + " | ".join(f"`{name}`" for name in lossy) + " |", "|---" * (len(lossy) + 1) + "|"]
-    for cut, hidden in activations.items():
-        lines.append(f"| {cut} | " + " | ".join(f"{_error(name, hidden):.1e}" for name in lossy) + " |")
-    return lines
-
-
 @torch.inference_mode()
 def _activations() -> dict[int, Tensor]:
     """Hidden states before each block, and after the last: float32 [tokens, width], padding left out."""
@@ -105,9 +101,3 @@ def _activations() -> dict[int, Tensor]:
         for cut, hidden in enumerate(states[:-1]):  # the last one is after the final norm, which no wire carries
             found.setdefault(cut, []).append(hidden[kept])
     return {cut: torch.cat(parts) for cut, parts in found.items()}
-
-
-def _error(name: str, hidden: Tensor) -> float:
-    chosen = codec(name)
-    back = chosen.decode(chosen.encode(hidden), tuple(hidden.shape), hidden.dtype)
-    return float((back - hidden).norm() / hidden.norm())

@@ -25,7 +25,7 @@ DOC: Final = Path(__file__).parents[1] / "docs" / "codecs.md"
 INTRODUCTION: Final = """\
 # Codecs
 
-How activations become bytes. The codec is agreed on when two sides meet (`tensor_codecs.negotiate`); `int8` is the
+How activations become bytes. A chain uses one codec, which all its peers offer in their records; `int8` is the
 default. Every codec is row-local (a token's bytes depend on that token alone) and of static size; the rules for NaN,
 Inf and overflow stand at the top of each file in `compression/tensor_codecs/`.
 

@@ -237,6 +237,7 @@ class _Interrupts:
         self._count += 1
         if self._count == 1:
             self._console.print("\nleaving; once more to kill what is left at once")
+            swarm.terminate_all()  # now: what the task waits for, an import for example, cannot be cancelled
             task.cancel()
         else:
             swarm.kill_all()

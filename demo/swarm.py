@@ -28,10 +28,10 @@ MODEL = "potluck-demo"
 
 START_TIMEOUT_S = 90.0
 """For a process to say that it is ready; on a busy machine most of it goes into importing torch."""
-LEAVE_TIMEOUT_S = 8.0
+LEAVE_TIMEOUT_S = 5.0
 """For a process to leave the swarm by itself; then it is killed."""
-GONE_TIMEOUT_S = 5.0
-"""For killed processes to be gone."""
+GONE_TIMEOUT_S = 3.0
+"""For what its process left behind to be gone."""
 LOOK_EVERY_S = 0.1
 
 HOME_PREFIX = "potluck-demo-"
@@ -140,6 +140,12 @@ class LocalSwarm:
         os.kill(node.pid, signal.SIGKILL)
         return node
 
+    def terminate_all(self) -> None:
+        """SIGTERM for every process; a peer that hears it a second time ends at once."""
+        for process in self._processes:
+            if process.returncode is None:
+                process.terminate()
+
     def kill_all(self) -> None:
         """SIGKILL for every process and its p2pd."""
         for process in self._processes:
@@ -147,30 +153,47 @@ class LocalSwarm:
                 os.killpg(process.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Let all processes leave by themselves, kill those that do not, and see that none is left.
+        """Let the peers leave, then the bootstrap node; kill what does not; see that nothing is left.
 
         Raises:
             DemoFailed: a process survived.
         """
-        for process in self._processes:
-            if process.returncode is None:
-                process.terminate()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await asyncio.gather(*(process.wait() for process in self._processes))
-        self.kill_all()
+        bootstrap, peers = self._processes[:1], self._processes[1:]
+        await _leave(peers)
+        await _leave(bootstrap)
+        if not await self._gone():  # a p2pd ends by itself soon after its process
+            self.kill_all()
+            if not await self._gone():
+                left = ", ".join(map(str, _alive(self._groups)))
+                raise DemoFailed(f"these processes of the demo are still running: {left}")
+
+    async def _gone(self) -> bool:
+        """Has every process of every group ended, after a while?"""
         try:
             async with asyncio.timeout(GONE_TIMEOUT_S):
-                await asyncio.gather(*(process.wait() for process in self._processes))
                 while _alive(self._groups):  # noqa: ASYNC110  # nothing tells of a process that is no child of ours
                     await asyncio.sleep(LOOK_EVERY_S)
         except TimeoutError:
-            left = ", ".join(map(str, _alive(self._groups)))
-            raise DemoFailed(f"these processes of the demo are still running: {left}") from None
+            return False
+        return True
 
     @property
     def _groups(self) -> frozenset[int]:
         return frozenset(process.pid for process in self._processes)
+
+
+async def _leave(processes: Collection[asyncio.subprocess.Process]) -> None:
+    """SIGTERM, and SIGKILL for those that do not end."""
+    for process in processes:
+        if process.returncode is None:
+            process.terminate()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LEAVE_TIMEOUT_S):
+            await asyncio.gather(*(process.wait() for process in processes))
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+    await asyncio.gather(*(process.wait() for process in processes))
 
 
 @contextlib.asynccontextmanager

@@ -84,6 +84,7 @@ class Announcer:
         self._last: Announced | None = None
         self._expires_at = 0.0
         self._sequence = 0
+        self._failing = False
         self._announcing = asyncio.Lock()
         self._wake = asyncio.Event()
 
@@ -119,7 +120,7 @@ class Announcer:
         try:
             return await self._publish(record)
         except BadRecord as error:
-            log.warning("this peer's record is not fit to be announced: %s", error)
+            self._note_failure(f"this peer's record is not fit to be announced: {error}")
             return False
 
     async def _publish(self, record: PeerRecord) -> bool:
@@ -140,9 +141,14 @@ class Announcer:
                 stored = await self._list_model(self._model)
             if stored:
                 self._last = Announced(record, time.monotonic())
+                self._failing = False
             else:
-                log.warning("no node of the swarm took this peer's record; trying again")
+                self._note_failure("no node of the swarm took this peer's record; trying again")
             return stored
+
+    def _note_failure(self, message: str) -> None:
+        log.log(logging.DEBUG if self._failing else logging.WARNING, message)
+        self._failing = True
 
     async def _list_model(self, model: ModelRecord) -> bool:
         listing = replace(model, signer=self._node.peer_id, sequence=self._sequence, expires_at=self._expires_at)

@@ -7,10 +7,11 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from dht import known_peers, lan, local_swarm
+from dht import known_peers
 from dht.config import DhtConfig
 from dht.maddr import Maddr
 from dht.node import SwarmNode, open_node
+from dht.presence import findable
 from dht.probe import reachable
 from dht.view import SwarmReader
 from protocol.identity import claim_identity
@@ -30,15 +31,11 @@ async def run_bootstrap(config: DhtConfig, on_ready: Callable[[SwarmNode], None]
         ConfigError: the port is taken, the folder cannot be written, or an address is malformed.
         SwarmNotFound: no node of `config.join` answers.
     """
-    home = config.home_folder
     async with contextlib.AsyncExitStack() as stack:
-        identity = await asyncio.to_thread(stack.enter_context, claim_identity(home / FOLDER))
+        identity = await asyncio.to_thread(stack.enter_context, claim_identity(config.home_folder / FOLDER))
         initial = await _initial_peers(config, identity.peer_id)
         node = await stack.enter_async_context(open_node(config, identity, initial))
-        if config.local:
-            await asyncio.to_thread(stack.enter_context, local_swarm.published(home, node.maddrs, "bootstrap"))
-        if config.lan and not config.is_loopback:
-            await stack.enter_async_context(lan.advertised(node.maddrs, config.lan_timeout_s))
+        await stack.enter_async_context(findable(node, config, "bootstrap"))
         on_ready(node)
         await SwarmReader(node).run()
 

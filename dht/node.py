@@ -22,6 +22,7 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
 from hivemind.proto import dht_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -84,13 +85,11 @@ class SwarmNode:
         """Seconds since 1970, the time that all nodes of a swarm share."""
         return time.time()
 
-    def learn(self, maddrs: Iterable[str]) -> None:
-        """Remember further nodes (from peers' records), to come back through them when the others are gone."""
-        found = [maddr for text in maddrs if (maddr := Maddr.parse(text)) is not None]
-        for maddr in reversed(found):  # the first address of a node is its best, and is what stays
-            if maddr.peer_id in self._learned or len(self._learned) < MAX_LEARNED:
-                self._learned[maddr.peer_id] = maddr
-        self._learned.pop(self.peer_id, None)
+    def learn(self, peer_id: str, maddrs: Iterable[str]) -> None:
+        """Remember another node (from its own record), to come back through it when the others are gone."""
+        found = [maddr for text in maddrs if (maddr := Maddr.parse(text)) is not None and maddr.peer_id == peer_id]
+        if found and peer_id != self.peer_id and (peer_id in self._learned or len(self._learned) < MAX_LEARNED):
+            self._learned[peer_id] = found[0]
 
     async def store(self, key: str, value: bytes, expires_at: float) -> bool:
         """Publish a sealed record under this node's identity. False: no node took it, or not in time."""
@@ -332,8 +331,8 @@ async def _start_p2pd(config: DhtConfig, identity: Identity | None, key_path: Pa
                 use_relay=False,
                 **listening,
             )
-        except P2PDaemonError as error:
-            if "bootstrap" in str(error):
+        except (P2PDaemonError, ControlFailure, OSError) as error:
+            if initial and any(words in str(error) for words in ("bootstrap", "failed to start in")):
                 raise _unreachable(initial) from None
             if "listen" in str(error) and config.port == 0 and attempt + 1 < PORT_ATTEMPTS:
                 continue  # someone took the port between our look and the daemon's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", PeerRecord, ModelRecord)
+
+MIN_PAUSE_S = 0.02
 
 MAX_MODELS = 256
 """Read per refresh; each model costs at least one search."""
@@ -205,7 +208,8 @@ class SwarmReader:
             self._node.refused.clear()
             self._findings = replace(self._findings, dropped=MappingProxyType(dict(dropped)))
             self.view = make_view(self._findings, self._node.now())
-            self._node.learn(maddr for peer in self._findings.peers.values() for maddr in peer.maddrs)
+            for peer in self._findings.peers.values():
+                self._node.learn(peer.peer_id, peer.maddrs)
         async with self._changed:
             self._changed.notify_all()
         return self.view
@@ -221,14 +225,26 @@ class SwarmReader:
         return self.view
 
     async def run(self) -> None:
-        """Refresh every `refresh_every_s`, for ever. A failed read is logged; the view then only loses what expires."""
+        """Refresh every `refresh_every_s`, and when a record expires, for ever.
+
+        A read that fails is logged; the view then only loses what expires.
+        """
+        failing = False
         while True:
             try:
                 await self.refresh()
+                failing = False
             except SwarmNotFound as error:
-                log.warning("%s; trying again", error)
-                self._forget_expired()
-            await asyncio.sleep(self._node.config.refresh_every_s)
+                log.log(logging.DEBUG if failing else logging.WARNING, "%s; trying again", error)
+                failing = True
+                await self._forget_expired()
+            await asyncio.sleep(self._pause_s())
+
+    def _pause_s(self) -> float:
+        """Until the next refresh: sooner if a peer's record expires before, so that it is not shown for longer."""
+        next_expiry = min((peer.expires_at for peer in self._findings.peers.values()), default=math.inf)
+        pause_s = self._node.config.refresh_every_s
+        return min(pause_s, max(next_expiry - self._node.now(), MIN_PAUSE_S))
 
     async def _take(self, keys: set[str]) -> Counter[str]:
         """Read these keys into `_findings`; what was dropped, by reason."""
@@ -238,9 +254,11 @@ class SwarmReader:
         self._findings = merge(self._findings, fresh, now)
         return Counter(fresh.dropped)
 
-    def _forget_expired(self) -> None:
+    async def _forget_expired(self) -> None:
         self._findings = merge(self._findings, Findings(), self._node.now())
         self.view = make_view(self._findings, self.view.as_of)
+        async with self._changed:
+            self._changed.notify_all()
 
     def _keys(self) -> set[str]:
         listed: dict[str, int] = dict.fromkeys(self._wanted, 1)

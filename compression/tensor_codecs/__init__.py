@@ -23,6 +23,6 @@ from __future__ import annotations
 
 from tensor_codecs.base import Buffer, Codec
 from tensor_codecs.dtypes import dtype_name, dtype_of
-from tensor_codecs.registry import DEFAULT, codec, names, negotiate
+from tensor_codecs.registry import DEFAULT, codec, names
 
-__all__ = ["DEFAULT", "Buffer", "Codec", "codec", "dtype_name", "dtype_of", "names", "negotiate"]
+__all__ = ["DEFAULT", "Buffer", "Codec", "codec", "dtype_name", "dtype_of", "names"]

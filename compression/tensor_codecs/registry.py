@@ -1,8 +1,7 @@
-"""Which codecs there are, and which one two sides use."""
+"""Which codecs there are. Which of them a chain uses, its client decides from what the peers offer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from typing import Final
@@ -38,23 +37,3 @@ def codec(name: str) -> Codec:
     if name not in names():
         raise ConfigError(f"no codec {str(name)[:40]!r} here; there are: {', '.join(names())}")
     return _CODECS[name]
-
-
-def negotiate(ours: Iterable[str], theirs: Iterable[str], wanted: str) -> str:
-    """The codec for one connection: `wanted` where both sides have it, else the most preferred one that both have.
-
-    Args:
-        ours, theirs: the names that each side offers. Names that we do not know, as of a newer peer, are passed over.
-        wanted: the configured codec.
-
-    Raises:
-        ConfigError: `wanted` is no codec of ours, or the two sides have none in common.
-    """
-    codec(wanted)
-    common = set(ours) & set(theirs)
-    if wanted in common:
-        return wanted
-    for name in names():
-        if name in common:
-            return name
-    raise ConfigError("no codec in common with the other side: one of the two is too old, or offers too few codecs")

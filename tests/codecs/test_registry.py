@@ -1,4 +1,4 @@
-"""Names, the default, and what two sides agree on."""
+"""Names, the default, and what is offered."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from protocol.errors import ConfigError
-from tensor_codecs import DEFAULT, Codec, codec, names, negotiate, registry
-
-offers = st.lists(st.sampled_from([*names(), "int4", ""]))
+from tensor_codecs import DEFAULT, Codec, codec, names, registry
 
 
 def test_names() -> None:
@@ -28,23 +24,6 @@ def test_an_unknown_name_is_a_configuration_error(name: str) -> None:
     with pytest.raises(ConfigError, match="there are: int8") as caught:
         codec(name)
     assert len(str(caught.value)) < 200
-    with pytest.raises(ConfigError):
-        negotiate(names(), names(), name)
-
-
-@given(offers, offers, st.sampled_from(names()))
-def test_negotiation(ours: list[str], theirs: list[str], wanted: str) -> None:
-    common = set(ours) & set(theirs) & set(names())
-    if not common:
-        with pytest.raises(ConfigError, match="no codec in common"):
-            negotiate(ours, theirs, wanted)
-        return
-    agreed = negotiate(ours, theirs, wanted)
-    assert agreed in common
-    assert agreed == wanted or wanted not in common
-    assert agreed == negotiate(theirs, ours, wanted)
-    if agreed != wanted:
-        assert agreed == min(common, key=names().index)
 
 
 def test_without_bitsandbytes_its_codec_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dht.config import DhtConfig
@@ -81,13 +81,13 @@ class FakeNode:
         self.accepts = True
         self.stored: list[tuple[str, bytes, float]] = []
         self.contents: dict[str, dict[str, bytes]] = {}
-        self.learned: list[str] = []
+        self.learned: list[tuple[str, str]] = []
 
     def now(self) -> float:
         return self.time
 
-    def learn(self, maddrs: Any) -> None:
-        self.learned.extend(maddrs)
+    def learn(self, peer_id: str, maddrs: Iterable[str]) -> None:
+        self.learned.extend((peer_id, maddr) for maddr in maddrs)
 
     async def store(self, key: str, value: bytes, expires_at: float) -> bool:
         if self.accepts:

@@ -171,7 +171,8 @@ def put(node: FakeNode, index: int, record: PeerRecord | ModelRecord) -> None:
 
 async def test_a_reader_finds_models_and_their_peers() -> None:
     node = FakeNode(CONFIG, None)
-    put(node, 0, peer(0, "0:12", maddrs=("/ip4/127.0.0.1/tcp/4/p2p/" + identity(0).peer_id,)))
+    address = "/ip4/127.0.0.1/tcp/4/p2p/" + identity(0).peer_id
+    put(node, 0, peer(0, "0:12", maddrs=(address,)))
     put(node, 1, peer(1, "12:24", fingerprint=OTHER_MODEL))
     put(node, 0, listing(0))
     put(node, 1, listing(1, fingerprint=OTHER_MODEL, name="other"))
@@ -180,7 +181,7 @@ async def test_a_reader_finds_models_and_their_peers() -> None:
     view = await reader.refresh()
     assert [model.name for model in view.models] == ["other", "test/model"]
     assert view.dropped == {"the signature is wrong": 3} and not node.refused
-    assert node.learned == list(peer(0, maddrs=("/ip4/127.0.0.1/tcp/4/p2p/" + identity(0).peer_id,)).maddrs)
+    assert node.learned == [(identity(0).peer_id, address)]
     assert (await reader.refresh()).dropped == {}
 
 
@@ -230,6 +231,15 @@ async def test_a_read_that_fails_keeps_what_has_not_expired(caplog: pytest.LogCa
             while reader.view.peers(MODEL):
                 await asyncio.sleep(0)
     assert "gone" in caplog.text
+
+
+async def test_an_expired_peer_is_not_shown_until_the_next_regular_read() -> None:
+    node = FakeNode(DhtConfig(refresh_every_s=3600.0), None)
+    put(node, 0, peer(0, expires_at=NOW + 0.05))
+    async with reading(node, [MODEL]) as reader:  # type: ignore[arg-type]
+        assert reader.view.peers(MODEL)
+        node.time = NOW + 0.05
+        await reader.wait_until(lambda view: not view.peers(MODEL), 5)
 
 
 async def test_the_first_read_must_succeed() -> None:

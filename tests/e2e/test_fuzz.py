@@ -1,0 +1,416 @@
+"""Law 4 over real processes: no nonsense on the port ends a peer, disturbs a session, or stays in memory.
+
+Five rounds of random and mutated byte strings and messages; a conversation goes on through all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import secrets
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from client.model import SwarmModelForCausalLM
+from dht.record import PeerRecord
+from protocol import potluck_pb2 as pb
+from protocol.channel import open_channel
+from protocol.frames import step_frames
+from protocol.limits import CHUNK_BYTES, MESSAGE_BYTES, WIRE_VERSION
+from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Open, Step, TensorSpec
+from protocol.span import Span
+from tensor_codecs import codec, names
+from tests.e2e.conftest import unsplit
+from tests.processes import at_home, swarm, until
+from tests.slicing.architectures import N_BLOCKS
+
+SEED = int(os.environ.get("E2E_SEED", secrets.randbits(32)))
+"""Fresh in each run; E2E_SEED repeats one."""
+
+ROUNDS = 5
+RAW, TLS, BODIES, SEQUENCES = 40, 20, 160, 180  # per round: 2,000 in all
+GROWTH_BYTES = 8 << 20
+WIDTH = 64
+CALL_S = 10.0
+AT_ONCE = 8
+UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping")
+INFER = "/potluck.Peer/Infer"
+
+PROMPT = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(5))
+TURN = 4  # tokens of the conversation per round
+
+
+def test_nonsense_on_the_port(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    print(f"E2E_SEED={SEED}")
+    folder = checkpoint("llama")
+    options = ("--resume-s", "1", "--kv-tokens", "4096")
+    with at_home(tmp_path), swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options) as peers:
+        (peer,) = peers.peers
+        with SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as model:
+            (record,) = model.swarm.view.online(model.swarm.view.models[0].fingerprint)
+            whole = unsplit(folder)
+            for either in (model, whole):
+                either.generation_config.eos_token_id = None
+                either.generation_config.pad_token_id = 0
+            expected = generated(whole, PROMPT, ROUNDS * TURN)
+            replies: Counter[str] = Counter()
+            used: list[int] = []
+            with model.session():
+                said = generated(model, PROMPT, TURN)
+                for number in range(ROUNDS):
+                    replies += asyncio.run(one_round(random.Random(f"{SEED} {number}"), record))
+                    said = generated(model, said, TURN if number < ROUNDS - 1 else 0)  # the conversation goes on
+                    until(lambda: asyncio.run(sessions(record)) <= 1, "the peer to drop the strangers' sessions")
+                    assert torch.equal(generated_elsewhere(model, PROMPT), expected[:, : PROMPT.shape[1] + TURN])
+                    used.append(psutil.Process(peer.pid).memory_full_info().uss)
+                    print(f"round {number + 1}: {used[-1] / 2**20:.1f} MiB", dict(sorted(replies.items())))
+            assert torch.equal(said, expected)
+            assert asyncio.run(sessions(record)) == 0
+            assert peer.is_alive
+            assert "Traceback" not in peer.stderr
+            assert "peer-fault" not in replies, "something ill-formed got as far as the computation"
+            assert replies["opened"] > 100 and replies["result"] > 100 and replies["bad-message"] > 100
+            assert used[-1] - used[1] <= GROWTH_BYTES, [f"{size / 2**20:.1f} MiB" for size in used]
+
+
+def generated(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
+    if not new_tokens:
+        return ids
+    tokens: Tensor = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+    return tokens
+
+
+def generated_elsewhere(model: Any, ids: Tensor) -> Tensor:
+    """In a session of its own, beside the open one."""
+    session, model._session = model._session, None
+    try:
+        return generated(model, ids, TURN)
+    finally:
+        model._session = session
+
+
+async def one_round(rng: random.Random, record: PeerRecord) -> Counter[str]:
+    """All kinds of nonsense, several at once. Returns what the peer said, counted."""
+    host, port = record.addresses[0].rsplit(":", 1)
+    channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=4 * MESSAGE_BYTES)
+    replies: Counter[str] = Counter()
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def gated(attack: Any) -> None:
+        async with gate:
+            replies.update(await attack)
+
+    attacks = [garbage(rng.randbytes, host, int(port), secure=False, data=noise(rng)) for _ in range(RAW)]
+    attacks += [garbage(rng.randbytes, host, int(port), secure=True, data=noise(rng)) for _ in range(TLS)]
+    attacks += [bodies(channel, rng.choice((*UNARY, INFER, INFER)), ill_formed(rng)) for _ in range(BODIES)]
+    attacks += [infer(channel, sequence(rng, record)) for _ in range(SEQUENCES)]
+    rng.shuffle(attacks)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for attack in attacks:
+                tasks.create_task(gated(attack))
+    finally:
+        await channel.close(None)
+    return replies
+
+
+async def sessions(record: PeerRecord) -> int:
+    """How many sessions the peer holds, as it says itself."""
+    channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
+    try:
+        body = await channel.unary_unary(UNARY[1])(pb.PingRequest().SerializeToString(), timeout=CALL_S)
+    finally:
+        await channel.close(None)
+    return int(pb.PingReply.FromString(body).sessions)
+
+
+# ---------------------------------------------------------------------- bytes on the socket
+
+
+def noise(rng: random.Random) -> bytes:
+    """Random bytes, often with the beginning of something known."""
+    beginning = rng.choice(
+        (
+            b"",
+            b"",
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"\x16\x03\x01",
+            b"SSH-2.0-x",
+        )
+    )
+    return beginning + rng.randbytes(rng.choice((0, 1, 9, 100, 3000)))
+
+
+async def garbage(_: object, host: str, port: int, *, secure: bool, data: bytes) -> Sequence[str]:
+    """Bytes straight to the port, under TLS or not."""
+    context = None
+    if secure:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+    try:
+        async with asyncio.timeout(CALL_S):
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
+            writer.write(data)
+            await writer.drain()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await reader.read(1 << 16)
+            writer.close()
+            await writer.wait_closed()
+    except (ConnectionError, ssl.SSLError):
+        return ["connection ended"]
+    return ["connection left"]
+
+
+# ---------------------------------------------------------------------- bytes for messages
+
+
+def ill_formed(rng: random.Random) -> list[bytes]:
+    """Bodies of messages: noise, or real ones with bytes changed, cut off, put in or repeated."""
+    whole = [message.SerializeToString() for message in valid(rng, b"\0" * 32, "none")]
+    found = []
+    for body in rng.choices(whole, k=rng.randint(1, 3)):
+        if rng.random() < 0.4:
+            found.append(rng.randbytes(rng.choice((0, 1, 2, 10, 100, 10_000))))
+            continue
+        data = bytearray(body)
+        for _ in range(rng.choice((1, 1, 2, 10))):
+            at = rng.randrange(len(data) + 1)
+            match rng.randrange(4):
+                case 0 if at < len(data):
+                    data[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    del data[at:]
+                case 2:
+                    data[at:at] = rng.randbytes(rng.randint(1, 8))
+                case _:
+                    data += data[:at]
+        found.append(bytes(data))
+    return found
+
+
+async def bodies(channel: grpc.aio.Channel, method: str, sent: Sequence[bytes]) -> Sequence[str]:
+    """Bodies to a method, as they are."""
+    if method != INFER:
+        try:
+            await channel.unary_unary(method)(sent[0], timeout=CALL_S)
+        except grpc.aio.AioRpcError as error:
+            return [_status(error)]
+        return ["reply"]
+    return await infer(channel, sent)
+
+
+def _status(error: grpc.aio.AioRpcError) -> str:
+    # The peer is there, whatever it gets, and says so in time.
+    assert error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error
+    return str(error.code().name)
+
+
+async def infer(channel: grpc.aio.Channel, sent: Sequence[bytes]) -> Sequence[str]:
+    """One stream of `Infer`. Returns the kinds of replies, failures by their code."""
+    heard: list[str] = []
+    call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
+    try:
+        for body in sent:
+            await call.write(body)
+        await call.done_writing()
+        while (body := await call.read()) is not grpc.aio.EOF:
+            reply = pb.InferReply.FromString(body)
+            kind = reply.WhichOneof("kind")
+            heard.append(reply.failure.code if kind == "failure" else str(kind))
+            if kind == "failure":
+                assert reply.failure.message and "Traceback" not in reply.failure.message
+    except grpc.aio.AioRpcError as error:
+        heard.append(_status(error))
+    except asyncio.InvalidStateError:  # grpc.aio's word for a write to a stream that the peer has ended
+        heard.append("stream ended")
+    return heard
+
+
+# ---------------------------------------------------------------------- messages that are almost right
+
+
+def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str) -> list[Any]:
+    """The messages of a right session: a prefill, three steps with cache operations, the end."""
+    name = fingerprint if isinstance(fingerprint, str) else fingerprint.hex()
+    rows, prompt = rng.choice(((1, 5), (2, 3), (3, 1)))
+    opening = Open(rng.randbytes(16), 0, name, Span(0, N_BLOCKS), codec_name, rows, rng.choice((0, 16)))
+    messages = [opening.to_proto()]
+    position = 0
+    for step_id, (tokens, ops) in enumerate(
+        ((prompt, ()), (1, ()), (1, (CacheOp("reorder", (0,) * rows),)), (2, (CacheOp("crop", (1,)),)))
+    ):
+        past = ops[0].values[0] if ops and ops[0].kind == "crop" else position
+        tensors = {HIDDEN: torch.randn(rows, tokens, WIDTH)}
+        if rng.random() < 0.5:
+            tensors[ATTENTION_MASK] = torch.ones(rows, past + tokens, dtype=torch.bool)
+            tensors[POSITION_IDS] = torch.arange(past, past + tokens)[None].expand(rows, -1).contiguous()
+        specs, payload = [], b""
+        for tensor_name, tensor in tensors.items():
+            chosen = codec_name if tensor.is_floating_point() else "none"
+            encoded = codec(chosen).encode(tensor)
+            specs.append(TensorSpec(tensor_name, chosen, str(tensor.dtype)[6:], tuple(tensor.shape), len(encoded)))
+            payload += encoded
+        messages += step_frames(Step(0, step_id, position, tuple(specs), payload, ops))
+        position = past + tokens
+    return [*messages, pb.InferRequest(close=pb.Close())]
+
+
+def sequence(rng: random.Random, record: PeerRecord) -> list[bytes]:
+    """A right session in which something is wrong: fields, or the order of messages."""
+    messages = valid(rng, record.fingerprint, rng.choice(names()))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+        if rng.random() < 0.2:
+            disorder(rng, messages)
+        else:
+            disturb(rng, rng.choice(messages))
+        if not messages:
+            break
+    return [message.SerializeToString() for message in messages]
+
+
+def disorder(rng: random.Random, messages: list[Any]) -> None:
+    at = rng.randrange(len(messages))
+    match rng.randrange(4):
+        case 0:
+            del messages[at]
+        case 1:
+            messages.insert(rng.randrange(len(messages)), messages[at])
+        case 2:
+            messages.insert(at, pb.InferRequest(more=pb.More(), chunk=rng.randbytes(rng.choice((0, 10, 1000)))))
+        case _:
+            rng.shuffle(messages)
+
+
+def disturb(rng: random.Random, message: Any) -> None:
+    """Changes one field somewhere in `message`, to a value that its type allows."""
+    kind = message.WhichOneof("kind")
+    part = getattr(message, kind)
+    if kind == "open":
+        field = rng.choice([f for f in part.DESCRIPTOR.fields if f.name != "fingerprint" or rng.random() < 0.3])
+        _set(rng, part, field)
+    elif kind == "step":
+        match rng.randrange(6):
+            case 0:
+                _disturb_payload(rng, message)
+            case 1:
+                _disturb_ops(rng, part)
+            case 2 | 3:
+                tensor = rng.choice(part.tensors)
+                _set(rng, tensor, rng.choice(tensor.DESCRIPTOR.fields))
+            case 4:
+                _disturb_tensors(rng, message)
+            case _:
+                _set(rng, part, rng.choice([f for f in part.DESCRIPTOR.fields if not f.message_type]))
+    else:
+        message.chunk = rng.randbytes(100)
+
+
+LARGE = (0, 1, 2, 3, 5, 7, 63, 64, 65, 255, 4096, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
+WORDS = ("", "none", "int8", "blockwise8", "fp16", "float32", "bfloat16", "int64", "bool", "float8_e4m3fn", "hidden",
+         "attention_mask", "position_ids", "per_layer_inputs", "x" * 64, "x" * 5000, "\0", "é\n\x1b[31m")  # fmt: skip
+
+
+def _number(rng: random.Random, bits: int) -> int:
+    if rng.random() < 0.7:
+        return rng.choice(LARGE)
+    return (
+        rng.choice((2**63 - 1, 2**63, 2**64 - 1)) % 2**bits
+        if rng.random() < 0.3
+        else rng.getrandbits(rng.randint(1, bits))
+    )
+
+
+def _set(rng: random.Random, message: Any, field: Any) -> None:
+    match field.type:
+        case field.TYPE_BYTES:
+            value: Any = rng.randbytes(rng.choice((0, 1, 15, 16, 17, 10_000)))
+        case field.TYPE_STRING:
+            value = rng.choice(WORDS)
+        case field.TYPE_BOOL:
+            value = not getattr(message, field.name)
+        case field.TYPE_UINT64:
+            value = _number(rng, 64)
+        case _:
+            value = _number(rng, 32)
+    if field.name == "shape":
+        shape = list(message.shape)
+        match rng.randrange(4):
+            case 0:
+                shape[rng.randrange(len(shape))] = value
+            case 1:
+                shape.insert(rng.randrange(len(shape) + 1), rng.choice((0, 1, value)))
+            case 2:
+                del shape[rng.randrange(len(shape))]
+            case _:
+                rng.shuffle(shape)
+        message.shape[:] = shape
+    else:
+        setattr(message, field.name, value)
+
+
+def _disturb_payload(rng: random.Random, message: Any) -> None:
+    data = bytearray(message.chunk)
+    match rng.randrange(5):
+        case 0:
+            data = bytearray(rng.randbytes(len(data)))  # NaN and infinity, scales of nothing
+        case 1:
+            data = data[: rng.randrange(len(data) + 1)]
+        case 2:
+            data += rng.randbytes(rng.choice((1, 100, 10_000)))
+        case 3:
+            data = bytearray(b"\xff" * len(data))
+        case _:
+            data = bytearray(CHUNK_BYTES + rng.choice((0, 1)))
+    message.chunk = bytes(data)
+    if rng.random() < 0.5:
+        message.step.payload_bytes = len(data)
+
+
+def _disturb_ops(rng: random.Random, step: Any) -> None:
+    kinds = ("crop", "reorder", "repeat", "select", "reset", "record_past", "drop", "")
+    for _ in range(rng.choice((1, 1, 2, 33, 200))):
+        count = rng.choice((0, 1, 1, 2, 3, 1024, 5000))
+        step.ops.add(kind=rng.choice(kinds), values=[_number(rng, 32) for _ in range(count)])
+
+
+def _disturb_tensors(rng: random.Random, message: Any) -> None:
+    """Tensors that are too many, repeated, missing, or that fit no other; sizes and payload agree."""
+    step = message.step
+    match rng.randrange(4):
+        case 0:
+            for _ in range(rng.choice((1, 3, 600))):
+                step.tensors.add(name="hidden", codec="none", dtype="float32", shape=[1, 0, WIDTH])
+        case 1:
+            part = rng.choice(step.tensors)
+            step.tensors.add().CopyFrom(part)
+            message.chunk += bytes(part.nbytes)
+        case 2:
+            dtype, size = rng.choice((("bool", 1), ("int64", 8), ("float32", 4), ("uint8", 1)))
+            shape = [rng.choice((0, 1, 2, 3, 7)) for _ in range(rng.randint(0, 4))]
+            count = torch.Size(shape).numel()
+            name = rng.choice((ATTENTION_MASK, POSITION_IDS, HIDDEN, "per_layer_inputs"))
+            step.tensors.add(name=name, codec="none", dtype=dtype, shape=shape, nbytes=count * size)
+            message.chunk += rng.randbytes(count * size)
+        case _:
+            rows, tokens = rng.choice(((1, 1), (1, 5), (4, 2), (1000, 1), (1, 3000)))
+            data = codec("none").encode(torch.randn(rows, tokens, WIDTH))
+            del step.tensors[:]
+            step.tensors.add(name=HIDDEN, codec="none", dtype="float32", shape=[rows, tokens, WIDTH], nbytes=len(data))
+            message.chunk = data
+    step.payload_bytes = len(message.chunk)
