@@ -32,6 +32,7 @@ class Hop:
         self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
         self._open_timeout_s = open_timeout_s
         self._step_timeout_s = step_timeout_s
+        self.next_step = 0  # the step id after the last one that the peer answered
         self._call: Any = None
         self._assembler = ReplyAssembler(PAYLOAD_BYTES)
 
@@ -68,6 +69,7 @@ class Hop:
         while True:
             reply = await self._reply()
             if isinstance(reply, StepResult) and reply.step_id == step.step_id:
+                self.next_step = step.step_id + 1
                 return reply
             if not isinstance(reply, (Notice, StepResult)):
                 raise self._blame(PeerLost("the peer answered something else than asked"))

@@ -96,7 +96,7 @@ class Patience:
 
 
 class Session:
-    """One session along a chain. Not for concurrent use: a step ends before the next begins.
+    """One session along a chain.
 
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
@@ -121,6 +121,7 @@ class Session:
         self._position = 0  # tokens per row in the caches
         self._hops: dict[int, Hop] = {}  # by first block
         self._journals: dict[int, Journal] = {0: Journal()}  # by block boundary; missing where evicted
+        self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
         self.stats = SessionStats()
 
     @property
@@ -145,15 +146,16 @@ class Session:
             PotluckError: an error that no other peer could cure.
         """
         started_s = time.perf_counter()
-        try:
-            return await self._pass(entry)
-        except BaseException:
-            for hop in self._hops.values():
-                hop.abandon()
-            self._hops.clear()
-            raise
-        finally:
-            self.stats.busy_s += time.perf_counter() - started_s
+        async with self._stepping:
+            try:
+                return await self._pass(entry)
+            except BaseException:
+                for hop in self._hops.values():
+                    hop.abandon()
+                self._hops.clear()
+                raise
+            finally:
+                self.stats.busy_s += time.perf_counter() - started_s
 
     async def _pass(self, entry: Entry) -> StepResult:
         inputs = {0: entry}  # what enters each hop in this step, by block boundary
@@ -227,7 +229,7 @@ class Session:
             opened = await hop.open(self._open_request(hop.link, resume=True))
         except PeerError:
             return False
-        return opened.next_step in (self._step_id, self._step_id + 1)
+        return opened.next_step in (hop.next_step, self._step_id + 1)
 
     async def _route(self, wanted: Span, patience: Patience) -> Hop:
         """Opens hops for the blocks `wanted` and replays their journal. Waits for peers as long as `patience` lasts.

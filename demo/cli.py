@@ -57,16 +57,17 @@ def cli(context: click.Context, keep: bool, model: str, verbose: int) -> None:
 
 @cli.command()
 @click.argument("folder", default=Path("potluck-demo-trained"), type=click.Path(file_okay=False, path_type=Path))
-@click.option("--from-small", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None,
-              help="Skip the first stage: grow the 6-block model in this folder.")  # fmt: skip
-def train(folder: Path, from_small: Path | None) -> None:
-    """Train the embedded model from scratch into FOLDER [default: potluck-demo-trained]. About an hour on two cores."""
+def train(folder: Path) -> None:
+    """Train the embedded model from scratch into FOLDER [default: potluck-demo-trained]. About an hour on two cores.
+
+    Its stages are kept in FOLDER-stages: a training that was interrupted goes on after the last finished one.
+    """
     from demo.train import Recipe
     from demo.train import train as run
 
     set_up_logging(1)
     folder.mkdir(parents=True, exist_ok=True)
-    run(Recipe(), folder, small=from_small)
+    run(Recipe(), folder)
     click.echo(f"The model is in {folder}; examine it with: python -m demo evaluate {shlex.quote(str(folder))}")
 
 

@@ -48,10 +48,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {piece: i for i, piece in enumerate(pieces)}
     # No merges: a piece is looked up whole (`ignore_merges`), and what is not a known word falls apart into bytes.
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(" ?[A-Za-z0-9]+"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" ?[A-Za-z0-9]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

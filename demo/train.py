@@ -1,8 +1,8 @@
 """The recipe of `potluck-demo`: train 6 blocks, grow to 24, then train all of them to depend on their order.
 
 Growth puts new blocks after each trained one, with output projections of zero: the function is unchanged. Blocks that
-stay near the identity would hide a broken chain, so in the last stage some questions of each batch also run through a
-chain with a block left out, repeated or swapped, and the model is punished where it still answers those well.
+stay near the identity would hide a broken chain, so then some questions of each batch also run through chains with one
+block or two neighbours left out, repeated or swapped, and the model is punished where those do not do clearly worse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.chains import IGNORED, broken_chains, run_chain, shared_blocks
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training."""
+    """A stage of training; rates are those of its plateau."""
 
     steps: int
     tokens: int  # per step
     muon_lr: float
     adam_lr: float
-    warmup: int
-    final_lr: float  # the last step's learning rate, as a fraction of the first
-    decay: float  # the last part of the steps, in which the rate falls
+    warmup: int  # steps
+    final_lr: float  # the last step's rate, as a fraction of the plateau's
+    decay: float  # the fraction of the steps, at the end, in which the rate falls
     broken_chains: int = 0  # broken chains per step
     broken_tokens: int = 0  # tokens of the batch that run through each of them
     broken_weight: float = 0.0  # of their loss, against that of the right chain
@@ -63,9 +63,11 @@ class Recipe:
     margin: float = 1.5  # cross entropy [nats per token] that a broken chain should add to each answer
     small: Stage = Stage(steps=3400, tokens=4096, muon_lr=0.02, adam_lr=3e-3, warmup=100, final_lr=0.1, decay=0.3)
     grown: Stage = Stage(steps=400, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=30, final_lr=6 / 7, decay=0.25,
-                         broken_chains=6, broken_tokens=256, broken_weight=0.7, zero_lr=0.04, idle_weight=5.0)
+                         broken_chains=6, broken_tokens=256, broken_weight=0.7, zero_lr=0.04,
+                         idle_weight=5.0)  # fmt: skip
     settled: Stage = Stage(steps=480, tokens=3072, muon_lr=0.006, adam_lr=1e-3, warmup=10, final_lr=0.0, decay=1.0,
-                           broken_chains=6, broken_tokens=256, broken_weight=0.7, idle_weight=5.0)  # fmt: skip
+                           broken_chains=6, broken_tokens=256, broken_weight=0.7,
+                           idle_weight=5.0)  # fmt: skip
     threads: int = 2
 
 
@@ -102,7 +104,7 @@ def windows(
 def per_answer(losses: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of each answer [answers], from the losses [n] of all labelled positions of labels [rows, length]."""
     labelled = labels != IGNORED
-    starts = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
+    starts = labelled & ~functional.pad(labelled, (1, 0))[:, :-1]
     numbers = (starts.flatten().cumsum(0) - 1)[labelled.flatten()]
     sizes = torch.bincount(numbers)
     return torch.zeros(len(sizes)).index_add(0, numbers, losses) / sizes
@@ -159,7 +161,7 @@ def answer_losses(model: LlamaForCausalLM, states: Tensor, labels: Tensor) -> Te
     """Cross entropy [n] at the labelled positions, from the last block's states."""
     labelled = labels != IGNORED
     logits = model.lm_head(model.model.norm(states[labelled]))
-    return F.cross_entropy(logits, labels[labelled], reduction="none")
+    return functional.cross_entropy(logits, labels[labelled], reduction="none")
 
 
 # --- order sensitivity ----------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ class Breaker:
             *_, states = trace[shared][rows], *run_chain(model, trace[shared][rows], order[shared:])
             broken = per_answer(answer_losses(model, states, labels[rows]), labels[rows])
             whole = per_answer(spread[rows][labelled[rows]], labels[rows])
-            loss = F.relu(self.recipe.margin + whole - broken).mean()
+            loss = functional.relu(self.recipe.margin + whole - broken).mean()
             self.shortfall[which] += 0.3 * (min(loss.item(), self.recipe.margin) - self.shortfall[which])
             losses.append(loss)
         return torch.stack(losses).mean()
@@ -211,7 +213,7 @@ def idleness(trace: list[Tensor], labels: Tensor, least: float) -> Tensor:
     At the start a new block changes nothing, so a chain without it is the right chain, and no loss tells them apart.
     """
     judged = labels != IGNORED
-    squares = [F.relu(least**2 - (b - a)[judged].square().sum() / a[judged].square().sum())
+    squares = [functional.relu(least**2 - (b - a)[judged].square().sum() / a[judged].square().sum())
                for a, b in pairwise(trace)]  # fmt: skip
     return torch.stack(squares).mean() / least**2
 
@@ -298,8 +300,12 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokenizer.save_pretrained(folder)
 
 
-def train(recipe: Recipe, folder: Path, work: Path) -> LlamaForCausalLM:
-    """Trains by the recipe into `folder`; stages are kept in `work`, and one that is finished there is not repeated."""
+def train(recipe: Recipe, folder: Path, stages_folder: Path | None = None) -> LlamaForCausalLM:
+    """Trains by the recipe into `folder`. Returns the model.
+
+    Each stage is kept in `stages_folder`, by default beside `folder`; one that is finished there is not repeated.
+    """
+    work = stages_folder or folder.with_name(f"{folder.name}-stages")
     torch.set_num_threads(recipe.threads)
     tokenizer = build_tokenizer()
     begin = time.monotonic()

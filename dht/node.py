@@ -179,7 +179,7 @@ class SwarmNode:
     def _to_visit(self) -> list[Maddr]:
         """The nodes through which we joined, always: one that restarted knows nobody. Others when we know few."""
         nodes = {**self._learned, **self._initial} if self.neighbours < FEW_NEIGHBOURS else self._initial
-        return list(nodes.values())
+        return []
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slicing.cache import CacheOp, SpanCache
     from slicing.config import hidden_size, load_config, model_class, n_blocks
-    from slicing.cuts import check_architecture, check_span, legal_cuts, nearest_spans
+    from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, Remote, RemoteCache, load_head
     from slicing.loading import LoadReport, Progress
@@ -40,6 +40,7 @@ __all__ = [
     "check_span",
     "fingerprint",
     "hidden_size",
+    "is_proven",
     "legal_cuts",
     "load_config",
     "load_head",
@@ -53,7 +54,7 @@ __all__ = [
 _HOME = {
     "slicing.cache": ("CacheOp", "SpanCache"),
     "slicing.config": ("hidden_size", "load_config", "model_class", "n_blocks"),
-    "slicing.cuts": ("check_architecture", "check_span", "legal_cuts", "nearest_spans"),
+    "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "Remote", "RemoteCache", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),

@@ -43,6 +43,18 @@ else:
 _OTHER_THAN_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features")
 """How the inputs of composite models begin that are not text."""
 
+_USED_BEFORE_OR_SENT = {
+    "input_ids",
+    "inputs_embeds",
+    "token_type_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "per_layer_inputs",
+    "logits_to_keep",
+}
+"""The tensors in the call of a decoder that are used before the blocks or after them, or are sent with each step."""
+
 
 class Remote(Protocol):
     """All blocks of the model, somewhere else."""
@@ -183,6 +195,7 @@ class RemoteStack(Hole):
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if self.remote is None:
             raise RuntimeError("this head has no blocks yet: call attach(remote) first")
+        _refuse_what_cannot_be_sent(self._call)
         cache = _remote_cache(self._call)
         mask = _padding_mask(self._call.get("attention_mask"), self._outer)
         output = self.remote.run(
@@ -311,6 +324,14 @@ def _noting(project: Callable[..., Tensor | None], remote: RemoteStack) -> Calla
         return result
 
     return noting
+
+
+def _refuse_what_cannot_be_sent(call: dict[str, Any]) -> None:
+    """Decoders of composite models may be given tensors for use between blocks (qwen3_vl: image features)."""
+    for name, value in call.items():
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, Tensor) and name not in _USED_BEFORE_OR_SENT:
+            raise ModelError(f"{name} goes to the blocks in a way that cannot be sent to other peers; use text alone")
 
 
 def _remote_cache(call: dict[str, Any]) -> RemoteCache | None:

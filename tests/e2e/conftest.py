@@ -1,4 +1,4 @@
-"""Real processes on loopback: one compute thread on both sides, tiny models, and the peers' words where a test fails."""
+"""Real processes on loopback: one thread on both sides, tiny models, and the peers' words where a test fails."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _one_quiet_thread() -> Iterator[None]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     yield
     torch.set_num_threads(before)
 
@@ -73,3 +73,9 @@ def unsplit(folder: Path | str) -> Any:
     source = resolve(str(folder))
     cls: Any = model_class(load_config(source))
     return cls.from_pretrained(source.location, dtype=torch.float32).eval()
+
+
+def answers_at_length(model: Any) -> None:
+    """Random weights would end most answers early."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0

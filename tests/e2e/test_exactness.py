@@ -1,4 +1,4 @@
-"""Law 1 over real processes: with codec `none` a chain of peers gives the bits, and so the tokens, of the unsplit model."""
+"""Law 1 over real processes: with codec `none` a chain of peers gives the bits that the unsplit model gives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from client.model import SwarmModel, SwarmModelForCausalLM
-from tests.e2e.conftest import unsplit
+from tests.e2e.conftest import answers_at_length, unsplit
 from tests.processes import at_home, swarm, wait_online
 from tests.slicing.architectures import VOCABULARY
 
@@ -72,15 +72,16 @@ def pair(
     request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     folder, home = checkpoint(request.param), tmp_path_factory.mktemp("home")
-    with at_home(home), swarm(home, folder, SPANS[request.param]) as peers:
-        with SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as remote:
-            wait_online(remote.swarm, len(peers.peers))
-            pair = Pair(request.param, folder, unsplit(folder), remote)
-            for model in (pair.unsplit, pair.remote):
-                # Random weights would end most answers early.
-                model.generation_config.eos_token_id = None
-                model.generation_config.pad_token_id = 0
-            yield pair
+    with (
+        at_home(home),
+        swarm(home, folder, SPANS[request.param]) as peers,
+        SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as remote,
+    ):
+        wait_online(remote.swarm, len(peers.peers))
+        pair = Pair(request.param, folder, unsplit(folder), remote)
+        for model in (pair.unsplit, pair.remote):
+            answers_at_length(model)
+        yield pair
 
 
 @pytest.fixture(scope="module")

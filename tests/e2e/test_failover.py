@@ -26,7 +26,7 @@ from client.hop import Hop
 from client.model import SwarmModel, SwarmModelForCausalLM
 from client.session import SessionStats
 from protocol.messages import Step, StepResult
-from tests.e2e.conftest import unsplit
+from tests.e2e.conftest import answers_at_length, unsplit
 from tests.processes import LocalSwarm, PeerProcess, at_home, swarm, until
 
 HALVES = ("0:3", "3:6")
@@ -92,18 +92,20 @@ class Faulty:
         self.events.clear()
 
 
-@pytest.fixture(scope="module")
-def faulty(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+@pytest.fixture(scope="module", name="faulty")
+def _faulty(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     folder, home = checkpoint("llama"), tmp_path_factory.mktemp("home")
-    with at_home(home), swarm(home, folder, [half for half in HALVES for _ in range(2)]) as peers:
-        with SwarmModelForCausalLM.from_pretrained(
+    with (
+        at_home(home),
+        swarm(home, folder, [half for half in HALVES for _ in range(2)]) as peers,
+        SwarmModelForCausalLM.from_pretrained(
             str(folder), join=peers.join, codec="none", on_event=lambda text: faulty.heard(text)
-        ) as client:
-            faulty = Faulty(peers, client, unsplit(folder))
-            for model in (faulty.client, faulty.unsplit):
-                model.generation_config.eos_token_id = None
-                model.generation_config.pad_token_id = 0
-            yield faulty
+        ) as client,
+    ):
+        faulty = Faulty(peers, client, unsplit(folder))
+        for model in (faulty.client, faulty.unsplit):
+            answers_at_length(model)
+        yield faulty
 
 
 def generated(model: Any, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import grpc
 import grpc.aio
 import psutil
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from client.model import SwarmModelForCausalLM
@@ -29,11 +28,11 @@ from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol.channel import open_channel
 from protocol.frames import step_frames
-from protocol.limits import CHUNK_BYTES, MESSAGE_BYTES, WIRE_VERSION
+from protocol.limits import CHUNK_BYTES, MESSAGE_BYTES
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Open, Step, TensorSpec
 from protocol.span import Span
 from tensor_codecs import codec, names
-from tests.e2e.conftest import unsplit
+from tests.e2e.conftest import answers_at_length, unsplit
 from tests.processes import at_home, swarm, until
 from tests.slicing.architectures import N_BLOCKS
 
@@ -45,6 +44,7 @@ RAW, TLS, BODIES, SEQUENCES = 40, 20, 160, 180  # per round: 2,000 in all
 GROWTH_BYTES = 8 << 20
 WIDTH = 64
 CALL_S = 10.0
+LISTEN_S = 0.02
 AT_ONCE = 8
 UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping")
 INFER = "/potluck.Peer/Infer"
@@ -57,33 +57,35 @@ def test_nonsense_on_the_port(checkpoint: Callable[[str], Path], tmp_path: Path)
     print(f"E2E_SEED={SEED}")
     folder = checkpoint("llama")
     options = ("--resume-s", "1", "--kv-tokens", "4096")
-    with at_home(tmp_path), swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options) as peers:
+    with (
+        at_home(tmp_path),
+        swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options) as peers,
+        SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as model,
+    ):
         (peer,) = peers.peers
-        with SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as model:
-            (record,) = model.swarm.view.online(model.swarm.view.models[0].fingerprint)
-            whole = unsplit(folder)
-            for either in (model, whole):
-                either.generation_config.eos_token_id = None
-                either.generation_config.pad_token_id = 0
-            expected = generated(whole, PROMPT, ROUNDS * TURN)
-            replies: Counter[str] = Counter()
-            used: list[int] = []
-            with model.session():
-                said = generated(model, PROMPT, TURN)
-                for number in range(ROUNDS):
-                    replies += asyncio.run(one_round(random.Random(f"{SEED} {number}"), record))
-                    said = generated(model, said, TURN if number < ROUNDS - 1 else 0)  # the conversation goes on
-                    until(lambda: asyncio.run(sessions(record)) <= 1, "the peer to drop the strangers' sessions")
-                    assert torch.equal(generated_elsewhere(model, PROMPT), expected[:, : PROMPT.shape[1] + TURN])
-                    used.append(psutil.Process(peer.pid).memory_full_info().uss)
-                    print(f"round {number + 1}: {used[-1] / 2**20:.1f} MiB", dict(sorted(replies.items())))
-            assert torch.equal(said, expected)
-            assert asyncio.run(sessions(record)) == 0
-            assert peer.is_alive
-            assert "Traceback" not in peer.stderr
-            assert "peer-fault" not in replies, "something ill-formed got as far as the computation"
-            assert replies["opened"] > 100 and replies["result"] > 100 and replies["bad-message"] > 100
-            assert used[-1] - used[1] <= GROWTH_BYTES, [f"{size / 2**20:.1f} MiB" for size in used]
+        (record,) = model.swarm.view.online(model.swarm.view.models[0].fingerprint)
+        whole = unsplit(folder)
+        for either in (model, whole):
+            answers_at_length(either)
+        expected = generated(whole, PROMPT, ROUNDS * TURN)
+        replies: Counter[str] = Counter()
+        used: list[int] = []
+        with model.session():
+            said = generated(model, PROMPT, TURN)
+            for number in range(ROUNDS):
+                replies += model.swarm.call(one_round(random.Random(f"{SEED} {number}"), record))
+                said = generated(model, said, TURN if number < ROUNDS - 1 else 0)  # the conversation goes on
+                until(lambda: model.swarm.call(sessions(record)) <= 1, "the peer to drop the strangers' sessions")
+                assert torch.equal(generated_elsewhere(model, PROMPT), expected[:, : PROMPT.shape[1] + TURN])
+                used.append(psutil.Process(peer.pid).memory_full_info().uss)
+                print(f"round {number + 1}: {used[-1] / 2**20:.1f} MiB", dict(sorted(replies.items())))
+        assert torch.equal(said, expected)
+        until(lambda: model.swarm.call(sessions(record)) == 0, "the peer to free all sessions")
+        assert peer.is_alive
+        assert "Traceback" not in peer.stderr
+        assert "peer-fault" not in replies, "something ill-formed got as far as the computation"
+        assert replies["opened"] > 100 and replies["result"] > 100 and replies["bad-message"] > 100
+        assert used[-1] - used[1] <= GROWTH_BYTES, [f"{size / 2**20:.1f} MiB" for size in used]
 
 
 def generated(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
@@ -109,12 +111,13 @@ async def one_round(rng: random.Random, record: PeerRecord) -> Counter[str]:
     replies: Counter[str] = Counter()
     gate = asyncio.Semaphore(AT_ONCE)
 
-    async def gated(attack: Any) -> None:
+    async def gated(attack: Coroutine[Any, Any, Sequence[str]]) -> None:
         async with gate:
             replies.update(await attack)
 
-    attacks = [garbage(rng.randbytes, host, int(port), secure=False, data=noise(rng)) for _ in range(RAW)]
-    attacks += [garbage(rng.randbytes, host, int(port), secure=True, data=noise(rng)) for _ in range(TLS)]
+    attacks: list[Coroutine[Any, Any, Sequence[str]]] = []
+    for secure in [False] * RAW + [True] * TLS:
+        attacks.append(asyncio.to_thread(garbage, host, int(port), noise(rng), secure=secure))
     attacks += [bodies(channel, rng.choice((*UNARY, INFER, INFER)), ill_formed(rng)) for _ in range(BODIES)]
     attacks += [infer(channel, sequence(rng, record)) for _ in range(SEQUENCES)]
     rng.shuffle(attacks)
@@ -140,41 +143,33 @@ async def sessions(record: PeerRecord) -> int:
 # ---------------------------------------------------------------------- bytes on the socket
 
 
+KNOWN = (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01", b"SSH-2.0-x\r\n")
+
+
 def noise(rng: random.Random) -> bytes:
     """Random bytes, often with the beginning of something known."""
-    beginning = rng.choice(
-        (
-            b"",
-            b"",
-            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-            b"\x16\x03\x01",
-            b"SSH-2.0-x",
-        )
-    )
+    beginning = rng.choice((b"", b"", *KNOWN))
     return beginning + rng.randbytes(rng.choice((0, 1, 9, 100, 3000)))
 
 
-async def garbage(_: object, host: str, port: int, *, secure: bool, data: bytes) -> Sequence[str]:
-    """Bytes straight to the port, under TLS or not."""
-    context = None
-    if secure:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["h2"])
-    try:
-        async with asyncio.timeout(CALL_S):
-            reader, writer = await asyncio.open_connection(host, port, ssl=context)
-            writer.write(data)
-            await writer.drain()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.02):
-                    await reader.read(1 << 16)
-            writer.close()
-            await writer.wait_closed()
-    except (ConnectionError, ssl.SSLError):
-        return ["connection ended"]
-    return ["connection left"]
+def garbage(host: str, port: int, data: bytes, *, secure: bool) -> Sequence[str]:
+    """Bytes straight to the port, under TLS or not. Blocks."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = stack.enter_context(socket.create_connection((host, port), CALL_S))
+            if secure:
+                connection = stack.enter_context(context.wrap_socket(connection))
+            connection.sendall(data)
+            connection.settimeout(LISTEN_S)
+            connection.recv(1 << 16)
+        except TimeoutError:
+            return ["silence"]
+        except OSError:
+            return ["connection ended"]
+    return ["bytes back"]
 
 
 # ---------------------------------------------------------------------- bytes for messages
@@ -329,11 +324,8 @@ WORDS = ("", "none", "int8", "blockwise8", "fp16", "float32", "bfloat16", "int64
 def _number(rng: random.Random, bits: int) -> int:
     if rng.random() < 0.7:
         return rng.choice(LARGE)
-    return (
-        rng.choice((2**63 - 1, 2**63, 2**64 - 1)) % 2**bits
-        if rng.random() < 0.3
-        else rng.getrandbits(rng.randint(1, bits))
-    )
+    largest: int = 2**bits - 1
+    return rng.choice((2**63 - 1, 2**63, largest, rng.getrandbits(rng.randint(1, 64)))) & largest
 
 
 def _set(rng: random.Random, message: Any, field: Any) -> None:

@@ -335,7 +335,54 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Architectures that pass too."""
 
-ARCHITECTURES = REQUIRED | MORE
+_MANY_EXPERTS = _common(**{**_ROUTED, "first_k_dense_replace": 1}, head_dim=16, num_experts=8, num_local_experts=8)
+_MLA_EXPERTS = _common(**_MLA, **_ROUTED, num_experts=8, first_k_dense_replace=2, n_group=1, topk_group=1)
+
+RARE: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, _common(head_dim=16))
+        for name in (
+            "bitnet",
+            "cohere2_moe",
+            "doge",
+            "flex_olmo",
+            "gpt_neox_japanese",
+            "granite_swa",
+            "granitemoe_swa",
+            "granitemoeshared",
+            "hunyuan_v1_moe",
+            "hyperclovax",
+            "internlm3",
+            "iquestcoder",
+            "jais2",
+            "jetmoe",
+            "lfm3",
+            "ministral3",
+            "olmo",
+            "olmo_hybrid",
+            "vaultgemma",
+            "xglm",
+        )
+    },
+    **{
+        name: (name, _MANY_EXPERTS)
+        for name in (
+            "afmoe",
+            "dots1",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "hy_v3",
+            "laguna",
+            "mellum",
+            "mimo_v2_flash",
+            "solar_open",
+        )
+    },
+    **{name: (name, _MLA_EXPERTS) for name in ("axk1", "bailing_hybrid", "glm4_moe_lite", "mistral4", "youtu")},
+}
+"""Architectures that pass and are seldom met, or cost a while: only in the long run of the tests."""
+
+ARCHITECTURES = REQUIRED | MORE | RARE
 
 
 def make_config(name: str) -> Any:

@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from protocol.span import Span
-from slicing import ModelSource, legal_cuts, load_config, load_head, load_span
-from tests.slicing.architectures import ARCHITECTURES, MORE, N_BLOCKS, REQUIRED
+from slicing import ModelSource, is_proven, legal_cuts, load_config, load_head, load_span
+from slicing.config import part_that_writes
+from slicing.cuts import PROVEN, REFUSED
+from tests.slicing.architectures import ARCHITECTURES, N_BLOCKS, RARE, REQUIRED, make_config
 from tests.slicing.chain import LocalChain
 from tests.slicing.steps import assert_same_bits, logits_of
 
-_SLOW_HERE = {"kimi_linear"}
-ALL = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW_HERE else [])
-    for name in sorted(REQUIRED) + sorted(MORE)
-]
+SLOW = {"kimi_linear", *RARE}
+ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
 
 
 def inner_cuts(source: ModelSource) -> list[int]:
@@ -80,6 +79,18 @@ def test_spans_and_head_together_hold_each_parameter_of_the_unsplit_model(
             assert torch.equal(parameter, whole[name]), name
 
 
-def test_the_list_of_architectures_is_the_promised_one() -> None:
+def test_what_is_called_proven_is_what_is_tested_here() -> None:
     assert len(REQUIRED) == 29
-    assert ARCHITECTURES.keys() == REQUIRED.keys() | MORE.keys()
+    assert {part_that_writes(make_config(name)).model_type for name in ARCHITECTURES} == PROVEN
+    assert not PROVEN & REFUSED.keys()
+    assert is_proven(make_config("llama"))
+
+
+def test_an_architecture_that_nobody_tested_is_warned_of(
+    source: Callable[[str], ModelSource], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_head(source("llama"))
+    assert not caplog.records
+    monkeypatch.setattr("slicing.cuts.PROVEN", frozenset())
+    load_span(source("llama"), Span(0, 1))
+    assert "llama" in caplog.text
