@@ -74,7 +74,7 @@ def train(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--questions", type=click.IntRange(min=8), default=2400, show_default=True, help="Of each kind.")
-@click.option("--broken-questions", type=click.IntRange(min=1), default=400, show_default=True,
+@click.option("--broken-questions", type=click.IntRange(min=1), default=240, show_default=True,
               help="For each way to break the chain.")  # fmt: skip
 @click.option("--seed", type=int, default=7, show_default=True, help="Chooses the questions.")
 def evaluate(folder: Path | None, questions: int, broken_questions: int, seed: int) -> None:
@@ -102,10 +102,10 @@ async def _demo(console: Console, model: str, *, keep: bool) -> int:
             console.print(_heading("Everyone leaves; nothing stays behind."))
         console.print(f"Done in {time.monotonic() - started_s:.0f} s.")
     except DemoFailed as error:
-        console.print(f"✗ the demo failed: {error}", style="bold red", markup=False)
+        console.print(f"\n✗ The demo failed: {error}", style="bold red", markup=False)
         return EXIT_FAILURE
     except asyncio.CancelledError:
-        console.print("Stopped; nothing stays behind.")
+        console.print("\nStopped; nothing stays behind.")
         return EXIT_INTERRUPTED
     return 0
 
@@ -147,11 +147,11 @@ async def _story(console: Console, swarm: LocalSwarm) -> None:
 
         console.print(_heading("5. The same question; in the middle of the answer a peer in use is killed"))
         await _accident(console, swarm, client, undisturbed)
-        console.print(_grid(swarm, spans), highlight=False)
+        console.print(_grid(swarm, spans))
 
 
 async def _start_peers(console: Console, swarm: LocalSwarm, spans: tuple[Span, ...]) -> None:
-    with Live(_grid(swarm, spans), console=console) as live:
+    with Live(_grid(swarm, spans), console=console, transient=True) as live:
 
         async def start(span: Span) -> None:
             await swarm.start_peer(span)
@@ -163,6 +163,7 @@ async def _start_peers(console: Console, swarm: LocalSwarm, spans: tuple[Span, .
                     tasks.create_task(start(span))
         except* DemoFailed as failures:
             raise failures.exceptions[0] from None
+    console.print(_grid(swarm, spans))
 
 
 async def _ask(console: Console, client: Client, question: Question) -> Answer:

@@ -7,7 +7,7 @@ right one (`tests/demo` checks it against `generate`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -125,12 +125,19 @@ def accuracy(
 
 @torch.inference_mode()
 def drops(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Sequence[Question], batch_size: int = 64
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sample: Sequence[Question],
+    batch_size: int = 64,
+    names: Collection[str] | None = None,
 ) -> list[Drop]:
-    """Every broken chain's accuracy on the sample, and its drop; what comes before the break is computed once."""
+    """The accuracy of each broken chain (of those named, or of all) on the sample, and its drop.
+
+    What comes before a break is computed once for all chains.
+    """
     n_blocks = len(model.model.layers)
     right = tuple(range(n_blocks))
-    chains = broken_chains(n_blocks)
+    chains = {name: order for name, order in broken_chains(n_blocks).items() if names is None or name in names}
     hits = dict.fromkeys(chains, 0)
     hits_right = 0
     for batch in batches(tokenizer, sample, batch_size):
@@ -218,7 +225,7 @@ def _way(chain: str) -> str:
     return f"{verb} two neighbours" if "," in where else f"{verb} one block"
 
 
-def evaluate(folder: Path = MODEL, n: int = 2400, n_broken: int = 400, seed: int = 7) -> Report:
+def evaluate(folder: Path = MODEL, n: int = 2400, n_broken: int = 240, seed: int = 7) -> Report:
     """Examines a stored model on `n` questions of each kind, and each broken chain on `n_broken` held-out ones."""
     model, tokenizer = load(folder)
     held_out, seen = questions(seed, n, "held_out"), questions(seed, n, "train")

@@ -90,8 +90,9 @@ class SpanModel:
     def __init__(self, model: PreTrainedModel, stack: BlockStack, span: Span, report: LoadReport) -> None:
         self.span = span
         self.report = report
-        # Weights are never trained here; a pass that records gradients is for those of its inputs.
-        self.model = model.requires_grad_(False)
+        # The weights keep requires_grad, as transformers leaves it: torch.matmul chooses its kernel by it, under no_grad
+        # too, and jamba and mamba round differently without.
+        self.model = model
         self.config: PreTrainedConfig = model.config
         self.n_blocks = n_blocks(model.config)
         self.hidden_size = hidden_size(model.config)
@@ -145,7 +146,8 @@ class SpanModel:
             position_ids: [1 or B, q] (some models: with a dimension before). None: n, n + 1, ...; but with an
                 attention mask, None leaves them to the decoder's own rule, which may go by the mask.
             extras: exactly the tensors named in `self.extras`; per_layer_inputs: [B, q, n_blocks, *].
-            grad: record for autograd; needs `cache` None.
+            grad: record for autograd; needs `cache` None. For gradients of inputs alone, take `torch.autograd.grad`:
+                `backward` would fill in those of the weights.
 
         Returns:
             hidden states after the span: shape, dtype and device of `hidden`, the device being the model's.

@@ -224,16 +224,15 @@ def run(home: Path, *arguments: str, stdin: str | None = None, timeout_s: float 
 class LocalSwarm:
     """Peers of one model on this machine. Made by `swarm`."""
 
-    def __init__(self, home: Path, model: str, options: Sequence[str]) -> None:
+    def __init__(self, home: Path, options: Sequence[str]) -> None:
         self.home = home
-        self.model = model
         self.peers: list[PeerProcess] = []
         self._options = tuple(options)
 
     def start(self, blocks: str) -> PeerProcess:
         """Another peer, which joins through the living ones. Does not wait for it."""
         join = [option for peer in self.living for option in ("--join", peer.maddr)]
-        peer = PeerProcess(self.home, "--model", self.model, "--blocks", blocks, *self._options, *join)
+        peer = PeerProcess(self.home, "--blocks", blocks, *self._options, *join)
         self.peers.append(peer)
         return peer
 
@@ -258,13 +257,14 @@ class LocalSwarm:
 
 
 @contextlib.contextmanager
-def swarm(home: Path, model: str | Path, spans: Sequence[str], *options: str) -> Iterator[LocalSwarm]:
+def swarm(home: Path, model: Path | None, spans: Sequence[str], *options: str) -> Iterator[LocalSwarm]:
     """A swarm of one peer per span, all of them serving. On exit it is gone, whatever happened.
 
     Args:
+        model: None: not named, so that it is the embedded one.
         options: of every peer.
     """
-    local = LocalSwarm(home, str(model), options)
+    local = LocalSwarm(home, options if model is None else ("--model", str(model), *options))
     with nothing_left_over(home):
         try:
             local.start(spans[0]).ready()

@@ -176,7 +176,7 @@ def test_commands_are_understood(where: str, command: str) -> None:
     ],
 )
 def test_what_does_not_work_is_noticed(wrong: str) -> None:
-    with pytest.raises((Exception, pytest.fail.Exception)):  # noqa: B017  # each in its own way
+    with pytest.raises((Exception, pytest.fail.Exception)):  # each in its own way
         check(wrong)
 
 

@@ -52,14 +52,14 @@ def test_its_shape(loaded: Loaded) -> None:
 
 
 def test_it_answers_held_out_questions(loaded: Loaded) -> None:
-    shares = accuracy(*loaded, questions(1, 800, "held_out"))
+    shares = accuracy(*loaded, questions(1, 480, "held_out"))
     assert shares["overall"] >= 0.95, shares
 
 
 def test_it_answers_in_a_conversation(loaded: Loaded) -> None:
     earlier = questions(2, 3, "held_out")
     before = "".join(prompt(TOKENIZER, q) + q.answer + str(TOKENIZER.eos_token) for q in earlier)
-    shares = accuracy(*loaded, questions(3, 400, "held_out"), before=before)
+    shares = accuracy(*loaded, questions(3, 240, "held_out"), before=before)
     assert shares["overall"] >= 0.90, shares
 
 
@@ -71,15 +71,15 @@ def test_teacher_forcing_judges_like_generate(loaded: Loaded) -> None:
 
 
 def test_every_broken_chain_costs_20_points(loaded: Loaded) -> None:
-    harmless = [drop for drop in drops(*loaded, questions(5, 160, "held_out")) if drop.points < 20]
+    harmless = [drop for drop in drops(*loaded, questions(5, 64, "held_out")) if drop.points < 20]
     assert not harmless
 
 
-@pytest.mark.parametrize("name", ["skip 11", "skip 4,5", "swap 12,13", "repeat 20,21"])
+@pytest.mark.parametrize("name", ["skip 11", "swap 12,13", "repeat 23", "repeat 22,23"])
 def test_broken_chains_are_judged_like_generate(loaded: Loaded, name: str) -> None:
     sample = questions(6, 24, "held_out")
     order = broken_chains(24)[name]
-    (drop,) = [drop for drop in drops(*loaded, sample) if drop.chain == name]
+    (drop,) = drops(*loaded, sample, names={name})
     with with_chain(loaded[0], order):
         answers = generated(loaded, sample)
     assert drop.accuracy == sum(a == q.answer for a, q in zip(answers, sample, strict=True)) / len(sample)

@@ -18,8 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dht import known_peers, ports
-from dht import node as module
+from dht import daemon, known_peers, ports
 from dht.announcer import announcing
 from dht.config import DhtConfig
 from dht.locate import locate_swarm
@@ -304,7 +303,7 @@ async def test_a_wrong_clock_is_an_error_with_a_remedy(
 ) -> None:
     async with open_node(config, identity(0)) as node:
         real = time.time
-        monkeypatch.setattr(module, "local_time", lambda: real() + shift)
+        monkeypatch.setattr(daemon, "local_time", lambda: real() + shift)
         with pytest.raises(SwarmNotFound, match=rf"(?s){said}.*timedatectl"):
             async with open_node(config, None, node.maddrs):
                 pytest.fail("joined with a wrong clock")

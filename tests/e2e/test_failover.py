@@ -46,6 +46,7 @@ class Faulty:
     """A client of a swarm of which peers die, and what the answer must be."""
 
     peers: LocalSwarm
+    folder: Path
     client: SwarmModel
     unsplit: Any
     events: list[str] = field(default_factory=list)
@@ -58,7 +59,7 @@ class Faulty:
     def other(self, **settings: Any) -> SwarmModel:
         """A client with other settings, in the same swarm."""
         model = SwarmModelForCausalLM.from_pretrained(
-            self.peers.model, swarm=self.client.swarm, on_event=self.heard, **settings
+            str(self.folder), swarm=self.client.swarm, on_event=self.heard, **settings
         )
         model.generation_config = self.client.generation_config
         return model
@@ -102,7 +103,7 @@ def _faulty(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
             str(folder), join=peers.join, codec="none", on_event=lambda text: faulty.heard(text)
         ) as client,
     ):
-        faulty = Faulty(peers, client, unsplit(folder))
+        faulty = Faulty(peers, folder, client, unsplit(folder))
         for model in (faulty.client, faulty.unsplit):
             answers_at_length(model)
         yield faulty
