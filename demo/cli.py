@@ -16,11 +16,11 @@ import click
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from demo.client import Answer, Client, joining
 from demo.facts import CAPITALS
+from demo.screen import chain_line, grid, heading, new_console, short, what_to_try
 from demo.swarm import MODEL, DemoFailed, LocalSwarm, PeerNode, local_swarm, uneven_spans
 from demo.world import Question
 from protocol.command import EXIT_FAILURE, PotluckGroup, set_up_logging, tame_libraries
@@ -33,7 +33,6 @@ FIRST = Question("What is the capital of France?", CAPITALS["France"], "capitals
 LONG = Question("Sort these words: tower, guitar, anchor, meadow.", "anchor, guitar, meadow, tower", "sorting")
 KILL_AFTER_TOKENS = 12  # of LONG's 30
 EXIT_INTERRUPTED = 130
-PLAIN_WIDTH = 200  # columns where the output is no terminal
 
 
 @click.group(
@@ -52,7 +51,7 @@ def cli(context: click.Context, keep: bool, model: str, verbose: int) -> None:
     tame_libraries()
     set_up_logging(verbose)
     if context.invoked_subcommand is None:
-        sys.exit(asyncio.run(_demo(_console(), model, keep=keep)))
+        sys.exit(asyncio.run(_demo(new_console(), model, keep=keep)))
 
 
 @cli.command()
@@ -97,10 +96,13 @@ async def _demo(console: Console, model: str, *, keep: bool) -> int:
             interrupted.begin(swarm)
             await _story(console, swarm)
             if keep:
-                _say_what_to_try(console, swarm)
+                console.print(heading("The swarm stays. In another terminal:"))
+                for line in what_to_try(swarm):
+                    console.print(line, markup=False, soft_wrap=True)
+                console.print("Ctrl-C ends it.")
                 await _until_interrupted()
-            console.print(_heading("Everyone leaves; nothing stays behind."))
-        console.print(f"Done in {time.monotonic() - started_s:.0f} s.")
+            console.print(heading("Everyone leaves"))
+        console.print(f"Done in {time.monotonic() - started_s:.0f} s; nothing stays behind.")
     except DemoFailed as error:
         console.print(f"\n✗ The demo failed: {error}", style="bold red", markup=False)
         return EXIT_FAILURE
@@ -120,42 +122,42 @@ async def _story(console: Console, swarm: LocalSwarm) -> None:
     everyone = f"One model of {spans[-1].stop} blocks, three volunteers, none of whom has all of it."
     console.print(Panel.fit(everyone, title="Potluck"))
     async with AsyncExitStack() as stack:
-        console.print(_heading("1. A bootstrap node, through which the others meet"))
+        console.print(heading("1. A bootstrap node, through which the others meet"))
         with console.status("starting ..."):
             bootstrap = await swarm.start_bootstrap()
         console.print(f"   {swarm.maddr}  (pid {bootstrap.pid}, {bootstrap.ready_s:.1f} s)", soft_wrap=True)
 
-        console.print(_heading("2. Three peers share this machine; a client joins meanwhile"))
+        console.print(heading("2. Three peers share this machine; a client joins meanwhile"))
         client = await stack.enter_async_context(joining(swarm))
         await _start_peers(console, swarm, spans)
         with console.status("the client joins ..."):
             await client.sees(swarm.peers)
 
-        console.print(_heading("3. A question, answered through all three"))
+        console.print(heading("3. A question, answered through all three"))
         first = await _ask(console, client, FIRST)
-        _check_chain(first, swarm)
-        console.print(_chain(first.chain), soft_wrap=True)
+        _checkchain_line(first, swarm)
+        console.print(chain_line(first.chain), soft_wrap=True)
 
-        console.print(_heading("4. A spare volunteer comes, and meanwhile a longer answer, undisturbed"))
+        console.print(heading("4. A spare volunteer comes, and meanwhile a longer answer, undisturbed"))
         starting = asyncio.create_task(swarm.start_peer(spans[1]))
         stack.callback(starting.cancel)
         undisturbed = await _ask(console, client, LONG)
         with console.status("the spare peer starts ..."):
             spare = await starting
             await client.sees(swarm.peers)
-        console.print(f"   the spare peer …{spare.peer_id[-8:]} serves blocks {spare.span} too (pid {spare.pid})")
+        console.print(f"   the spare peer {short(spare.peer_id)} serves blocks {spare.span} too (pid {spare.pid})")
 
-        console.print(_heading("5. The same question; in the middle of the answer a peer in use is killed"))
+        console.print(heading("5. The same question; in the middle of the answer a peer in use is killed"))
         await _accident(console, swarm, client, undisturbed)
-        console.print(_grid(swarm, spans))
+        console.print(grid(swarm, spans))
 
 
 async def _start_peers(console: Console, swarm: LocalSwarm, spans: tuple[Span, ...]) -> None:
-    with Live(_grid(swarm, spans), console=console, transient=True) as live:
+    with Live(grid(swarm, spans), console=console, transient=True) as live:
 
         async def start(span: Span) -> None:
             await swarm.start_peer(span)
-            live.update(_grid(swarm, spans))
+            live.update(grid(swarm, spans))
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -163,7 +165,7 @@ async def _start_peers(console: Console, swarm: LocalSwarm, spans: tuple[Span, .
                     tasks.create_task(start(span))
         except* DemoFailed as failures:
             raise failures.exceptions[0] from None
-    console.print(_grid(swarm, spans))
+    console.print(grid(swarm, spans))
 
 
 async def _ask(console: Console, client: Client, question: Question) -> Answer:
@@ -197,10 +199,10 @@ async def _accident(console: Console, swarm: LocalSwarm, client: Client, undistu
         raise DemoFailed("no peer in use was killed in the middle of the answer")
     if answer.tokens != undisturbed.tokens:
         raise DemoFailed(f"after the accident the answer was {answer.text!r}, undisturbed {undisturbed.text!r}")
-    console.print(_chain(answer.chain), soft_wrap=True)
+    console.print(chain_line(answer.chain), soft_wrap=True)
     pause_ms, usual_ms = answer.pause_s(KILL_AFTER_TOKENS) * 1e3, answer.usual_pause_s * 1e3
     console.print(
-        f"   ✓ the same {len(answer.tokens)} tokens as undisturbed. The loss of peer …{killed[0].peer_id[-8:]} "
+        f"   ✓ the same {len(answer.tokens)} tokens as undisturbed. The loss of peer {short(killed[0].peer_id)} "
         f"({killed[0].span}) cost a pause of {pause_ms:.0f} ms; usually {usual_ms:.0f} ms pass between two tokens.",
         style="green", soft_wrap=True,
     )  # fmt: skip
@@ -254,61 +256,5 @@ async def _until_interrupted() -> None:
         task.uncancel()  # that is how this is meant to end
 
 
-# -------------------------------------------------------------------------------------------- how it is shown
-
-
-def _console() -> Console:
-    """Colours and a live table on a terminal; elsewhere plain text in long lines."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without these characters
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-
-
-def _heading(text: str) -> Text:
-    return Text(f"\n{text}", style="bold cyan")
-
-
 def _writer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, end="", markup=False, style="bold")
-
-
-def _chain(links: tuple[Link, ...]) -> str:
-    hops = " → ".join(f"…{link.peer.peer_id[-8:]} {link.span}" for link in links)
-    return f"   ✓ you → {hops} → you"
-
-
-def _grid(swarm: LocalSwarm, spans: tuple[Span, ...]) -> Table:
-    """Peers x blocks."""
-    n_blocks = spans[-1].stop
-    table = Table("peer", "pid", "blocks", f"0:{n_blocks}", "state", box=None, padding=(0, 2, 0, 1))
-    waiting = [span for span in spans if not any(node.span == span for node in swarm.peers.values())]
-    for node in sorted(swarm.peers.values(), key=lambda node: node.span):
-        state = f"[green]online[/] after {node.ready_s:.1f} s" if node.runs else "[red]killed[/]"
-        style = "green" if node.runs else "red"
-        table.add_row(f"…{node.peer_id[-8:]}", str(node.pid), str(node.span), _bar(node.span, n_blocks, style), state)
-    for span in waiting:
-        table.add_row("", "", str(span), _bar(span, n_blocks, "dim"), "[dim]starting[/]")
-    return table
-
-
-def _bar(span: Span, n_blocks: int, style: str) -> Text:
-    return Text.assemble("·" * span.start, ("█" * len(span), style), "·" * (n_blocks - span.stop))
-
-
-def _say_what_to_try(console: Console, swarm: LocalSwarm) -> None:
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    command = f"POTLUCK_HOME={shlex.quote(str(swarm.home))} {shlex.quote(str(python))} -m"
-    model = "" if swarm.model == MODEL else f" --model {shlex.quote(swarm.model)}"
-    alive = next(node for node in swarm.peers.values() if node.runs)
-    lines = (
-        ("talk with it", f"{command} client chat{model}"),
-        ("ask one thing", f'{command} client generate{model} "What is 17 + 25?"'),
-        ("who serves what", f"{command} client status"),
-        ("share more", f"{command} peer serve{model} --blocks {alive.span}"),
-        ("another accident", f"kill -9 {alive.pid}   # serves {alive.span}"),
-    )
-    console.print(_heading("The swarm stays. In another terminal:"))
-    for what, line in lines:
-        console.print(f"   {what + ':':18}{line}", markup=False, soft_wrap=True)
-    console.print("Ctrl-C ends it.")

@@ -13,12 +13,12 @@ from typing import cast
 
 import torch
 
-from dht import lan, local_swarm
 from dht.announcer import Announcer, announcing
 from dht.config import DhtConfig
 from dht.locate import Located, locate_swarm
 from dht.maddr import Maddr
 from dht.node import SwarmNode, open_node
+from dht.presence import findable
 from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmReader, reading
 from peer import memory
@@ -82,8 +82,7 @@ async def open_peer(
         UserError: the model, the blocks, the port or the swarm cannot be used; each says what to do.
     """
     async with AsyncExitStack() as stack:
-        home = dht_config.home_folder
-        identity = await _claimed(stack, home)
+        identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
         found = await _locate(dht_config)
         node, found = await _enter_swarm(stack, dht_config, identity, found)
         say("started a new swarm" if found is None else f"joined a swarm through {found.how}")
@@ -104,13 +103,8 @@ async def open_peer(
         )
         host.state = "online"
         announcer = await stack.enter_async_context(announcing(node, record, listing))
-        await _be_found(stack, node, dht_config, home)
+        await stack.enter_async_context(findable(node, dht_config, "peer"))
         yield Peer(host, node, announcer, record, found)
-
-
-async def _claimed(stack: AsyncExitStack, home: Path) -> Identity:
-    """This process's identity, held until the stack ends."""
-    return await asyncio.to_thread(stack.enter_context, claim_identity(home))
 
 
 async def _locate(config: DhtConfig) -> Located | None:
@@ -256,11 +250,3 @@ def _addresses(host: SpanHost, config: PeerConfig, node: SwarmNode) -> tuple[str
         maddrs = [Maddr.require(text) for text in node.maddrs]
         hosts = list(dict.fromkeys(maddr.host for maddr in maddrs))
     return tuple(f"[{h}]:{host.port}" if ":" in h else f"{h}:{host.port}" for h in hosts[:8])
-
-
-async def _be_found(stack: AsyncExitStack, node: SwarmNode, config: DhtConfig, home: Path) -> None:
-    """Other processes of this machine, and the local network, find this peer's swarm."""
-    if config.local:
-        await asyncio.to_thread(stack.enter_context, local_swarm.published(home, node.maddrs, "peer"))
-    if config.lan and not config.is_loopback:
-        await stack.enter_async_context(lan.advertised(node.maddrs, config.lan_timeout_s))

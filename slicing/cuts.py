@@ -27,7 +27,7 @@ PROVEN = frozenset(
     """
     afmoe apertus arcee axk1 bailing_hybrid bamba biogpt bitnet bloom codegen cohere cohere2 cohere2_moe deepseek_v2
     deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1
-    flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2
+    falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2
     gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa
     granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
     jais2 jamba jetmoe kimi_linear laguna lfm2 lfm3 llama llama4_text llava mamba mamba2 mellum mimo_v2_flash

@@ -345,6 +345,7 @@ RARE: dict[str, tuple[str, dict[str, Any]]] = {
             "bitnet",
             "cohere2_moe",
             "doge",
+            "falcon_mamba",
             "flex_olmo",
             "gpt_neox_japanese",
             "granite_swa",

@@ -29,8 +29,8 @@ def logits_of(model: Any, *, padded: bool, seed: int = 0) -> list[Tensor]:
     found = []
     for start, stop in [(0, PROMPT)] + [(i, i + 1) for i in range(PROMPT, PROMPT + DECODED)]:
         inputs: dict[str, Any] = {"input_ids": ids[:, start:stop]}
-        # mamba multiplies the mask with the new tokens only, so that generate drops it after the prefill
-        if model.config.model_type != "mamba" or start == 0:
+        # These multiply the mask with the new tokens only, so that generate drops it after the prefill.
+        if model.config.model_type not in ("mamba", "falcon_mamba") or start == 0:
             inputs["attention_mask"] = mask[:, :stop]
         if takes_positions:
             inputs["position_ids"] = positions[:, start:stop]
