@@ -8,6 +8,8 @@ from typing import Final
 
 import click
 
+from protocol.command import tame_libraries
+
 # Name -> (module, what it measures). Each module has `run() -> None`, which prints its report and writes it to `docs/`.
 SCENARIOS: Final[dict[str, tuple[str, str]]] = {
     "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
@@ -31,6 +33,7 @@ def list_scenarios() -> None:
 @click.argument("names", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
 def run(names: tuple[str, ...]) -> None:
     """Run the named scenarios, one after the other."""
+    tame_libraries()
     for name in names:
         scenario: Callable[[], None] = import_module(SCENARIOS[name][0]).run
         scenario()

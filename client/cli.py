@@ -62,7 +62,7 @@ def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any
     \b
     Examples:
       python -m client generate "Spell table."
-      echo "What is 17 + 25?" | python -m client generate -
+      echo "What is 27 + 58?" | python -m client generate -
       python -m client generate --raw --temperature 0.8 "Once upon a time"
     """
     from client.text import answer, encode_messages, encode_text, load_tokenizer

@@ -135,7 +135,7 @@ async def _story(console: Console, swarm: LocalSwarm) -> None:
 
         console.print(heading("3. A question, answered through all three"))
         first = await _ask(console, client, FIRST)
-        _checkchain_line(first, swarm)
+        _check_chain(first, swarm)
         console.print(chain_line(first.chain), soft_wrap=True)
 
         console.print(heading("4. A spare volunteer comes, and meanwhile a longer answer, undisturbed"))

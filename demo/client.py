@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from demo.swarm import LOOK_EVERY_S, DemoFailed, LocalSwarm
+from protocol.errors import SwarmNotFound
 
 if TYPE_CHECKING:
     from client.chain import Link
@@ -72,10 +73,7 @@ class Client:
             raise DemoFailed(f"the client did not see all peers within {SEEN_TIMEOUT_S:g} s") from None
 
     async def ask(
-        self,
-        text: str,
-        on_text: Callable[[str], None],
-        after_token: AfterToken = lambda n, chain: None,
+        self, text: str, on_text: Callable[[str], None], after_token: AfterToken = lambda n, chain: None
     ) -> Answer:
         """Ask one question in a session of its own.
 
@@ -156,6 +154,9 @@ def _join(model: str, maddr: str, on_event: Callable[[str], None]) -> SwarmModel
 
 
 def _online(model: SwarmModel) -> set[str]:
-    """The peers that take new sessions, as the swarm says now."""
-    view = model.swarm.refresh()
+    """The peers that take new sessions, as the swarm says now; none where it does not answer."""
+    try:
+        view = model.swarm.refresh()
+    except SwarmNotFound:
+        return set()
     return {peer.peer_id for listed in view.models for peer in view.online(listed.fingerprint)}

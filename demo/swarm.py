@@ -1,17 +1,20 @@
 """A swarm on this machine: real processes on 127.0.0.1, and accidents. Prints nothing.
 
 Everything lives in a temporary home (`POTLUCK_HOME`), so that the demo neither meets nor disturbs another swarm. Each
-process leads a process group of its own, in which its p2pd runs too: to end the group is to leave nothing behind.
+process leads a process group of its own, in which its p2pd runs too: to end the group is to leave nothing behind. A
+watchman does that should this process itself be killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +50,17 @@ threads = 1
 """
 _BOOTSTRAP_READY = re.compile(r"(?P<maddr>/\S+/p2p/\S+)")
 _PEER_READY = re.compile(r"peer (?P<id>\S+) serves blocks (?P<span>\d+:\d+) of ")
+
+WATCHMAN = """\
+import os, shutil, signal, sys
+groups = [int(line) for line in sys.stdin]  # until the other end of the pipe is gone
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
 
 
 class DemoFailed(Exception):
@@ -85,12 +99,14 @@ class LocalSwarm:
         peers: by peer id; also those that were killed.
     """
 
-    def __init__(self, home: Path, model: str) -> None:
+    def __init__(self, home: Path, model: str, watchman: IO[str]) -> None:
         self.home = home
         self.model = model
         self.maddr = ""
         self.peers: dict[str, PeerNode] = {}
+        self._watchman = watchman
         self._processes: list[asyncio.subprocess.Process] = []
+        self._numbers = itertools.count()
 
     async def start_bootstrap(self) -> Node:
         """Start the node through which the others meet.
@@ -117,14 +133,16 @@ class LocalSwarm:
     async def _start(self, name: str, arguments: Collection[str], ready: re.Pattern[str]) -> tuple[Node, re.Match[str]]:
         """A process of `python -m <arguments>`, and the line by which it said that it is ready."""
         started_s = time.monotonic()
-        log = self.home / f"process-{len(self._processes)}.log"
-        with _appended(log) as stderr:
+        log = self.home / f"process-{next(self._numbers)}.log"
+        with _new_file(log) as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", *arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
         self._processes.append(process)
+        self._watchman.write(f"{process.pid}\n")
+        self._watchman.flush()
         said = await _first_line(process, ready, name, log)
         return Node(process, time.monotonic() - started_s), said
 
@@ -203,8 +221,12 @@ async def local_swarm(model: str = MODEL) -> AsyncIterator[LocalSwarm]:
     Raises:
         DemoFailed: a process could not be ended.
     """
-    with tempfile.TemporaryDirectory(prefix=HOME_PREFIX, ignore_cleanup_errors=True) as folder, _at_home(folder):
-        swarm = LocalSwarm(Path(folder), model)
+    with (
+        tempfile.TemporaryDirectory(prefix=HOME_PREFIX, ignore_cleanup_errors=True) as folder,
+        _at_home(folder),
+        _watchman(folder) as watchman,
+    ):
+        swarm = LocalSwarm(Path(folder), model, watchman)
         try:
             yield swarm
         finally:
@@ -227,8 +249,23 @@ def _at_home(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _appended(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("ab") as file:
+def _watchman(folder: str) -> Iterator[IO[str]]:
+    """A process that notices when this one is gone, however it went; the process groups to end are written to it."""
+    command = [sys.executable, "-I", "-S", "-c", WATCHMAN, folder]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        try:
+            yield process.stdin
+        finally:
+            process.kill()  # all is well: nothing is left to do
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("xb") as file:
         yield file
 
 

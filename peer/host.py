@@ -18,7 +18,7 @@ from peer import memory
 from peer.budget import KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
-from peer.service import PeerService
+from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
@@ -111,7 +111,11 @@ class SpanHost:
         self.sessions.draining = True
 
     async def _listen(self) -> None:
-        self._server = grpc.aio.server(options=server_options(MESSAGE_BYTES), maximum_concurrent_rpcs=MAX_STREAMS)
+        self._server = grpc.aio.server(
+            interceptors=[UnreadableAsEmpty()],
+            options=server_options(MESSAGE_BYTES),
+            maximum_concurrent_rpcs=MAX_STREAMS,
+        )
         pb_grpc.add_PeerServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]  # generated
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         address = f"{host}:{self._config.port}"

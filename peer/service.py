@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
 
 from peer.budget import MessageBudget
 from peer.compute import ComputeThread
@@ -25,6 +27,24 @@ from protocol.messages import Close, Failure, Open, Opened, Step, StepResult, ch
 logger = logging.getLogger(__name__)
 
 PING_BYTES = 64 << 10
+
+
+class UnreadableAsEmpty(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Bytes that are no message reach the service as an empty one, to be refused; grpc would log a traceback."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        handler = await continuation(details)
+        return handler and handler._replace(request_deserializer=_or_empty(handler.request_deserializer))
+
+
+def _or_empty(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return parse(b"")
+
+    return parsed
 
 
 class PeerService(pb_grpc.PeerServicer):

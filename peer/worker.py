@@ -15,9 +15,10 @@ from torch import Tensor
 
 from peer.session import Session, SessionTable
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
+from protocol.limits import MAX_BATCH
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, Step, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
-from slicing import CacheOp, SpanModel
+from slicing import CacheOp, SpanCache, SpanModel
 from tensor_codecs import codec, dtype_name, dtype_of
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Worker:
         self._sessions = sessions
         self._max_tokens = max_tokens
         self._inputs = {HIDDEN, ATTENTION_MASK, POSITION_IDS, *model.extras}
+        self._leading = tuple(model.example_inputs(1)[0].shape[:-3])  # of hidden states, before rows and tokens
 
     def execute(self, session: Session, step: Step, queued_at_s: float) -> StepResult:
         """The result of `step`, or the kept one if it was applied before (law 3).
@@ -103,8 +105,9 @@ class Worker:
         fewest = 3 if spec.name == HIDDEN else 2
         if len(spec.shape) < fewest or spec.keep > spec.shape[token_axis(spec.name)]:
             raise BadMessage(f"tensor {spec.name!r} of shape {spec.shape} with {spec.keep} tokens to keep")
-        if spec.name == HIDDEN and spec.shape[-1] != self._model.hidden_size:
-            raise BadMessage(f"hidden states are {self._model.hidden_size} wide here, not {spec.shape[-1]}")
+        if spec.name == HIDDEN and (spec.shape[:-3] != self._leading or spec.shape[-1] != self._model.hidden_size):
+            wanted = ", ".join(map(str, (*self._leading, "rows", "tokens", self._model.hidden_size)))
+            raise BadMessage(f"hidden states are [{wanted}] here, not {spec.shape}")
         expected = codec(spec.codec).nbytes(spec.shape, dtype_of(spec.dtype))
         if spec.nbytes != expected:
             raise BadMessage(f"tensor {spec.name!r} of shape {spec.shape} has {expected} bytes, not {spec.nbytes}")
@@ -126,7 +129,7 @@ class Worker:
         hidden, cache = inputs.pop(HIDDEN), session.cache
         if cache is not None:
             for op in step.ops:
-                cache.apply(_cache_op(op))
+                self._apply(session, cache, op)
             self._sessions.ensure_room(session, hidden.shape[-3], cache.n_tokens + hidden.shape[-2])
         return self._model.step(
             hidden,
@@ -136,6 +139,14 @@ class Worker:
             position_ids=inputs.pop(POSITION_IDS, None),
             extras=inputs,
         )
+
+    def _apply(self, session: Session, cache: SpanCache, op: WireOp) -> None:
+        if op.kind == "repeat" and cache.batch is not None:  # the only operation that makes a cache larger
+            rows = cache.batch * op.values[0]
+            if rows > MAX_BATCH:
+                raise BadMessage(f"a cache of {rows} rows; {MAX_BATCH} at most")
+            self._sessions.ensure_room(session, rows, cache.n_tokens)
+        cache.apply(_cache_op(op))
 
     def _encode(self, session: Session, hidden: Tensor) -> tuple[tuple[TensorSpec, ...], bytes]:
         payload = codec(session.codec).encode(hidden)

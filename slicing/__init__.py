@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from slicing.config import hidden_size, load_config, model_class, n_blocks
     from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
     from slicing.fingerprints import block_digests, fingerprint
-    from slicing.head import Head, Remote, RemoteCache, load_head
+    from slicing.head import Head, load_head
     from slicing.loading import LoadReport, Progress
+    from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, load_span
 
@@ -56,8 +57,9 @@ _HOME = {
     "slicing.config": ("hidden_size", "load_config", "model_class", "n_blocks"),
     "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
     "slicing.fingerprints": ("block_digests", "fingerprint"),
-    "slicing.head": ("Head", "Remote", "RemoteCache", "load_head"),
+    "slicing.head": ("Head", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),
+    "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "load_span"),
 }

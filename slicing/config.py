@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from protocol.errors import BrokenCheckpoint, ModelError, NoBlockStack, RemoteCodeRefused
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from slicing.source import ModelSource
@@ -104,6 +105,14 @@ def n_blocks(config: PreTrainedConfig) -> int:
 def hidden_size(config: PreTrainedConfig) -> int:
     """The width H of the hidden states between blocks."""
     return cast(int, text_config(config).hidden_size)
+
+
+def hidden_dtypes(config: PreTrainedConfig) -> frozenset[torch.dtype]:
+    """The dtypes that hidden states may have between blocks of a loaded model: its own; mamba2 adds them up in float32."""
+    import torch
+
+    own = {config.dtype} if isinstance(config.dtype, torch.dtype) else set()
+    return frozenset(own | ({torch.float32} if getattr(text_config(config), "residual_in_fp32", False) else set()))
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,9 @@ from torch import Tensor, nn
 from protocol.errors import BadMessage
 from protocol.span import Span
 from slicing.cache import SpanCache
-from slicing.config import hidden_size, load_config, model_class, n_blocks, text_config
+from slicing.config import hidden_dtypes, hidden_size, load_config, model_class, n_blocks, text_config
 from slicing.cuts import check_architecture, check_span, legal_cuts
+from slicing.gates import Pass, gate
 from slicing.loading import LoadReport, Progress, load
 from slicing.skeleton import (
     BlockStack,
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from slicing.source import ModelSource
-
-logger = logging.getLogger(__name__)
 
 EXTRAS = ("per_layer_inputs",)
 """Names of tensors that some architectures need in every block beside the hidden states; they come from the client."""
@@ -83,22 +80,28 @@ class SpanModel:
         config: the model's configuration.
         report: what was loaded.
         hidden_size: H, the width of hidden states.
+        streams: the dimensions of hidden states before rows, tokens and H: none but in gemma3n, which has (4,).
         extras: names of the tensors that `step` needs beside the hidden states.
         dtype, device: of the weights, and of the hidden states that `step` takes and gives.
+        hidden_dtypes: the same, and float32 where the architecture adds up hidden states in it (mamba, mamba2).
     """
 
     def __init__(self, model: PreTrainedModel, stack: BlockStack, span: Span, report: LoadReport) -> None:
         self.span = span
         self.report = report
-        # The weights keep requires_grad, as transformers leaves it: torch.matmul chooses its kernel by it, under no_grad
-        # too, and jamba and mamba round differently without.
+        # The weights keep requires_grad, as transformers leaves it: torch.matmul chooses kernels by it, under no_grad
+        # too, so that jamba and mamba would round differently without.
         self.model = model
         self.config: PreTrainedConfig = model.config
         self.n_blocks = n_blocks(model.config)
         self.hidden_size = hidden_size(model.config)
         self.blocks = {i: stack.blocks(model)[i] for i in range(span.start, span.stop)}
-        first = next(self.blocks[span.start].parameters())
-        self.dtype, self.device = first.dtype, first.device
+        streams: int = getattr(text_config(model.config), "altup_num_inputs", 0)
+        self.streams = (streams,) if streams else ()
+        # Not that of a parameter: some architectures keep a few of them in float32, whatever the model is in.
+        self.dtype = cast(torch.dtype, model.config.dtype)
+        self.hidden_dtypes = hidden_dtypes(model.config)
+        self.device = next(self.blocks[span.start].parameters()).device
         self._legal = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
         self._parameters = forward_parameters(self._decoder)
@@ -106,10 +109,10 @@ class SpanModel:
         self._embedding_size = stack.embedding_size
         self._positions = _table_of_positions(self._decoder)
         self.extras = frozenset(name for name in EXTRAS if self._needs_extra(name))
-        self._pass = _Pass(returns_tuple=stack.returns_tuple)
+        self._pass = Pass(returns_tuple=stack.returns_tuple)
         for i, block in self.blocks.items():
             # An attribute of the instance: the block's class, its name and its parameters stay what they are.
-            setattr(block, "forward", _gate(self._pass, i, block.forward))  # noqa: B010 (mypy forbids plain assignment)
+            setattr(block, "forward", gate(self._pass, i, block.forward))  # noqa: B010 (mypy forbids plain assignment)
         if self.extras:
             # The decoder would compute them from embeddings, which a span does not have; here they arrive ready-made.
             setattr(self._decoder, "project_per_layer_inputs", _given_per_layer_inputs)  # noqa: B010
@@ -139,7 +142,7 @@ class SpanModel:
         other exception than BadMessage the cache is undefined and must be dropped.
 
         Args:
-            hidden: [..., B, q, H], the model's dtype. (gemma3n has a leading dimension of 4.)
+            hidden: [*streams, B, q, H], of one of `hidden_dtypes`.
             cache: the session's; None for a pass without memory.
             span: the blocks to run; default: the cache's, else all that are loaded.
             attention_mask: [B, n + q], n the tokens seen: nonzero where a token counts, zero for padding. None: all do.
@@ -150,7 +153,7 @@ class SpanModel:
                 `backward` would fill in those of the weights.
 
         Returns:
-            hidden states after the span: shape, dtype and device of `hidden`, the device being the model's.
+            hidden states after the span: shape of `hidden`, one of `hidden_dtypes`, on the model's device.
 
         Raises:
             BadMessage: a shape, dtype, position or span that does not fit the model or the cache.
@@ -175,7 +178,7 @@ class SpanModel:
             hidden = hidden.clone()
         with torch.enable_grad() if grad else torch.inference_mode():
             # Only shape, dtype and device of this count (masks, rotary positions); the gate puts `hidden` in its place.
-            dummy = hidden.new_zeros(()).expand(batch, q, self._embedding_size)
+            dummy = torch.zeros((), dtype=self.dtype, device=self.device).expand(batch, q, self._embedding_size)
             self._pass.begin(part, hidden)
             try:
                 self._decoder(inputs_embeds=dummy, use_cache=cache is not None, **inputs)
@@ -191,12 +194,9 @@ class SpanModel:
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
 
     def example_inputs(self, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Zeros that `step` takes: hidden states [..., 1, tokens, H] and extras. For measuring, not for answers."""
-        text = text_config(self.config)
-        streams = getattr(text, "altup_num_inputs", 0)  # gemma3n carries several hidden states per token
-        shape = (*((streams,) if streams else ()), 1, tokens, self.hidden_size)
-        hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        width = getattr(text, "hidden_size_per_layer_input", 0) or 0
+        """Zeros that `step` takes: hidden states [*streams, 1, tokens, H], and extras. To measure with, not to answer."""
+        hidden = torch.zeros((*self.streams, 1, tokens, self.hidden_size), dtype=self.dtype, device=self.device)
+        width = getattr(text_config(self.config), "hidden_size_per_layer_input", 0) or 0
         extra_shape = (1, tokens, self.n_blocks, width)
         return hidden, {name: torch.zeros(extra_shape, dtype=self.dtype, device=self.device) for name in self.extras}
 
@@ -224,10 +224,11 @@ class SpanModel:
         extras: Mapping[str, Tensor],
         grad: bool,
     ) -> None:
-        if hidden.ndim < 3 or hidden.shape[-1] != self.hidden_size or 0 in hidden.shape or hidden.dtype != self.dtype:
+        fits = hidden.ndim == len(self.streams) + 3 and hidden.shape[:-3] == self.streams and 0 not in hidden.shape
+        if not fits or hidden.shape[-1] != self.hidden_size or hidden.dtype not in self.hidden_dtypes:
+            wanted = ", ".join(map(str, [*self.streams, "rows", "tokens", self.hidden_size]))
             raise BadMessage(
-                f"hidden states must be [..., rows, tokens, {self.hidden_size}] of {self.dtype}, "
-                f"not {tuple(hidden.shape)} of {hidden.dtype}"
+                f"hidden states must be [{wanted}] of {self.dtype}, not {tuple(hidden.shape)} of {hidden.dtype}"
             )
         batch, q = hidden.shape[-3], hidden.shape[-2]
         seen = 0
@@ -266,48 +267,6 @@ class SpanModel:
             # Outside a table a GPU does not raise, it aborts the process.
             if low < self._positions[0] or high >= self._positions[1]:
                 raise BadMessage(f"position ids {low} to {high} lie outside the model's {self._positions}")
-
-
-@dataclass(slots=True)
-class _Pass:
-    """What the gates of one SpanModel share during one step: which blocks run, what goes in, what came out."""
-
-    returns_tuple: bool
-    active: Span | None = None
-    incoming: Tensor | None = None
-    outgoing: Tensor | None = None
-
-    def begin(self, span: Span, hidden: Tensor) -> None:
-        self.active, self.incoming, self.outgoing = span, hidden, None
-
-    def output(self) -> Tensor:
-        if self.outgoing is None:
-            raise RuntimeError("the decoder did not run the last block of the span")
-        return self.outgoing
-
-    def end(self) -> None:
-        self.active = self.incoming = self.outgoing = None
-
-
-def _gate(state: _Pass, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a block's forward: a hole outside the active span, entry at its first block, exit at its last."""
-
-    def gated(*args: Any, **kwargs: Any) -> Any:
-        span = state.active
-        if span is None or index not in span:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden, None) if state.returns_tuple else hidden
-        if index == span.start:
-            if args:
-                args = (state.incoming, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": state.incoming}
-        output = forward(*args, **kwargs)
-        if index == span.stop - 1:
-            state.outgoing = output[0] if isinstance(output, tuple | list) else output
-        return output
-
-    return gated
 
 
 def _given_per_layer_inputs(

@@ -286,7 +286,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("bamba", _common(**_MAMBA, attn_layer_indices=[1, 4])),
     "falcon_h1": ("falcon_h1", _common(**_MAMBA, mamba_d_ssm=128)),
     "lfm2": ("lfm2", _common(layer_types=["conv", "full_attention"] * 3, block_multiple_of=8)),
-    "kimi_linear": ("kimi_linear", _common(num_key_value_heads=4)),
     "diffllama": ("diffllama", _common()),
     "persimmon": ("persimmon", _common()),
     "minicpm3": ("minicpm3", _common(**_MLA)),
@@ -379,6 +378,7 @@ RARE: dict[str, tuple[str, dict[str, Any]]] = {
             "solar_open",
         )
     },
+    "kimi_linear": ("kimi_linear", _common(num_key_value_heads=4)),
     **{name: (name, _MLA_EXPERTS) for name in ("axk1", "bailing_hybrid", "glm4_moe_lite", "mistral4", "youtu")},
 }
 """Architectures that pass and are seldom met, or cost a while: only in the long run of the tests."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ from tests.slicing.architectures import ARCHITECTURES, N_BLOCKS, RARE, REQUIRED,
 from tests.slicing.chain import LocalChain
 from tests.slicing.steps import assert_same_bits, logits_of
 
-SLOW = {"kimi_linear", *RARE}
-ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ARCHITECTURES]
+ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in ARCHITECTURES]
 
 
 def inner_cuts(source: ModelSource) -> list[int]:
@@ -84,6 +84,11 @@ def test_what_is_called_proven_is_what_is_tested_here() -> None:
     assert {part_that_writes(make_config(name)).model_type for name in ARCHITECTURES} == PROVEN
     assert not PROVEN & REFUSED.keys()
     assert is_proven(make_config("llama"))
+
+
+def test_the_page_on_architectures_names_each_of_them() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "architectures.md").read_text(encoding="utf-8")
+    assert not [name for name in [*ARCHITECTURES, *REFUSED] if f"`{name}`" not in page]
 
 
 def test_an_architecture_that_nobody_tested_is_warned_of(

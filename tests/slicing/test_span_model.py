@@ -88,7 +88,7 @@ def test_weights_are_resident_and_aligned_as_in_their_file(source: Callable[[str
         assert str(folder) not in mapped.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "qwen3_moe", "jamba", "mamba2"])
 def test_in_another_dtype(name: str, source: Callable[[str], ModelSource]) -> None:
     found = source(name)
     cls: Any = model_class(load_config(found))
@@ -137,6 +137,7 @@ BAD_STEPS: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
     "no rows": (torch.zeros(0, 3, 64), {}),
     "no tokens": (torch.zeros(2, 0, 64), {}),
     "two dimensions": (torch.zeros(3, 64), {}),
+    "four dimensions": (torch.zeros(1, 2, 3, 64), {}),
     "other dtype": (HIDDEN.to(torch.float16), {}),
     "whole numbers": (HIDDEN.to(torch.long), {}),
     "other number of rows": (torch.zeros(1, 3, 64), {}),
