@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from demo.chains import IGNORED, Order, broken_chains, run_chain, shared_blocks
 from demo.world import TASK_NAMES, Question, questions
+from slicing.source import EMBEDDED
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-MODEL = Path(__file__).parent / "model"
+MODEL = EMBEDDED / "potluck-demo"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def hidden_size(config: PreTrainedConfig) -> int:
 
 
 def hidden_dtypes(config: PreTrainedConfig) -> frozenset[torch.dtype]:
-    """The dtypes that hidden states may have between blocks of a loaded model: its own; mamba2 adds them up in float32."""
+    """The dtypes that hidden states may have between blocks of a loaded model: its own, and for mamba float32 too."""
     import torch
 
     own = {config.dtype} if isinstance(config.dtype, torch.dtype) else set()

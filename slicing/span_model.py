@@ -194,7 +194,7 @@ class SpanModel:
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
 
     def example_inputs(self, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Zeros that `step` takes: hidden states [*streams, 1, tokens, H], and extras. To measure with, not to answer."""
+        """Zeros that `step` takes: hidden states [*streams, 1, tokens, H], and extras. For measuring."""
         hidden = torch.zeros((*self.streams, 1, tokens, self.hidden_size), dtype=self.dtype, device=self.device)
         width = getattr(text_config(self.config), "hidden_size_per_layer_input", 0) or 0
         extra_shape = (1, tokens, self.n_blocks, width)
