@@ -120,7 +120,8 @@ class Worker:
             parts.setdefault(spec.name, []).append(kept)
         inputs = {name: _joined(name, tensors) for name, tensors in parts.items()}
         for name in inputs.keys() - {ATTENTION_MASK, POSITION_IDS}:
-            inputs[name] = inputs[name].to(self._model.dtype)
+            if inputs[name].dtype not in self._model.hidden_dtypes:  # a client that computes in another format
+                inputs[name] = inputs[name].to(self._model.dtype)
         return inputs
 
     # ------------------------------------------------------------------ the work

@@ -66,7 +66,7 @@ def fenced(page: Path) -> Iterator[Block]:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every command of a page, with where it stands: in shell blocks, in bare blocks if it is ours, and in prose."""
+    """Every command of a page, with where it stands: in shell blocks; in bare or indented ones and in prose if ours."""
     for page in PAGES:
         for block in fenced(page):
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -74,7 +74,7 @@ def commands() -> Iterator[tuple[str, str]]:
                 if is_command or (block.language == "" and OURS.match(line)):
                     yield str(block), line.removeprefix("$ ").strip()
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-        for span in re.findall(r"`([^`\n]+)`", prose):
+        for span in re.findall(r"`([^`\n]+)`", prose) + re.findall(r"^ {4}(\S.*)", prose, flags=re.M):
             if OURS.match(span) and "..." not in span and "|" not in span:
                 yield page.name, span
 
@@ -91,6 +91,7 @@ def imported(where: str) -> object:
 def check_click(package: str, arguments: list[str]) -> None:
     """Parses as the command line itself would, and reads the config; runs nothing."""
     command, name = imported(COMMAND_LINES[package]), package
+    arguments = [str(ROOT) if argument == "FOLDER" else argument for argument in arguments]
     while isinstance(command, click.Group):
         context = command.make_context(name, arguments)
         arguments = [*context._protected_args, *context.args]
