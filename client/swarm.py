@@ -25,7 +25,7 @@ from dht.record import PeerRecord
 from dht.view import SwarmReader, SwarmView, reading
 from protocol.channel import open_channel
 from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
-from protocol.limits import MESSAGE_BYTES
+from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
 from protocol.loop import new_event_loop
 from protocol.settings import load
 
@@ -202,7 +202,8 @@ class _ModelPeers:
         self._fingerprint = fingerprint
 
     def peers(self) -> Sequence[PeerRecord]:
-        return [peer for peer in self._swarm.view.online(self._fingerprint) if peer.addresses]
+        online = self._swarm.view.online(self._fingerprint)
+        return [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
 
     async def refresh(self) -> None:
         await self._swarm.look_again()

@@ -27,6 +27,7 @@ from peer.host import SOFTWARE, Served, SpanHost
 from peer.placement import choose_span
 from protocol.errors import ConfigError, SwarmNotFound, UnknownModel, WrongModel
 from protocol.identity import Identity, claim_identity
+from protocol.limits import WIRE_VERSION
 from protocol.span import Span
 from slicing import (
     ModelSource,
@@ -226,6 +227,7 @@ class _Describe:
             codecs=names(),
             dtype=dtype_name(host.model.dtype),
             software=SOFTWARE,
+            wire_version=WIRE_VERSION,
             public_name=config.public_name or "",
             started_at=time.time(),
         )
