@@ -132,10 +132,14 @@ class SpanHost:
             await self._server.stop(STOP_GRACE_S)
 
     async def _sweep(self) -> None:
+        ended = 0
         while True:
             await asyncio.sleep(SWEEP_S)
             if dropped := self.sessions.reclaim(time.monotonic()):
                 logger.info("reclaimed %d idle sessions", dropped)
+            if self.sessions.ended > ended:
+                ended = self.sessions.ended
+                await asyncio.to_thread(memory.give_back)
 
     async def _measure(self) -> float:
         """Milliseconds of a one-token step through the whole span, the best of a few."""

@@ -64,6 +64,7 @@ class SessionTable:
     idle_s: float
     resume_s: float
     draining: bool = False
+    ended: int = 0  # sessions that were closed or dropped so far
     _sessions: dict[tuple[bytes, int], Session] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -157,6 +158,7 @@ class SessionTable:
         key = (session.session_id, session.span.start)
         if self._sessions.get(key) is session:
             del self._sessions[key]
+            self.ended += 1
             with self._lock:
                 self.budget.release(session.reserved)
                 session.reserved = 0
