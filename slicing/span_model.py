@@ -101,6 +101,7 @@ class SpanModel:
         # Not that of a parameter: some architectures keep a few of them in float32, whatever the model is in.
         self.dtype = cast(torch.dtype, model.config.dtype)
         self.hidden_dtypes = hidden_dtypes(model.config)
+        self._has_position_axes = _has_position_axes(model)
         self.device = next(self.blocks[span.start].parameters()).device
         self._legal = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
@@ -258,7 +259,8 @@ class SpanModel:
                 raise BadMessage(f"{name} has the wrong width {tensor.shape[3]}")
 
     def _check_positions(self, position_ids: Tensor, batch: int, q: int) -> None:
-        if position_ids.ndim not in (2, 3) or position_ids.shape[-1] != q or position_ids.shape[-2] not in (1, batch):
+        dims = (2, 3) if self._has_position_axes else (2,)
+        if position_ids.ndim not in dims or position_ids.shape[-1] != q or position_ids.shape[-2] not in (1, batch):
             raise BadMessage(f"position ids must be {(batch, q)}, not {tuple(position_ids.shape)}")
         if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
             raise BadMessage(f"position ids must be whole numbers, not {position_ids.dtype}")
@@ -267,6 +269,12 @@ class SpanModel:
             # Outside a table a GPU does not raise, it aborts the process.
             if low < self._positions[0] or high >= self._positions[1]:
                 raise BadMessage(f"position ids {low} to {high} lie outside the model's {self._positions}")
+
+
+def _has_position_axes(model: PreTrainedModel) -> bool:
+    """Has a token several positions (text, height, width: mrope), so that position ids may have a dimension more?"""
+    rope = getattr(text_config(model.config), "rope_parameters", None) or {}
+    return "mrope_section" in rope or any(hasattr(module, "mrope_section") for module in model.modules())
 
 
 def _given_per_layer_inputs(
