@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -120,9 +121,10 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         generate = cast(Any, super()).generate
         session = self._session
         given = inputs if inputs is not None else kwargs.get("input_ids")
-        if session is None or given is None or "past_key_values" in kwargs:
+        name = "cache_params" if "cache_params" in signature(self.forward).parameters else "past_key_values"  # mamba's
+        if session is None or given is None or name in kwargs:
             return generate(inputs, **kwargs)
-        output = generate(inputs, past_key_values=session.align(given), **kwargs)
+        output = generate(inputs, **{name: session.align(given)}, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         session.note(sequences if self._rows_kept(sequences, given, kwargs) else None)
         return output

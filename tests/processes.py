@@ -101,7 +101,7 @@ class Process:
                 stderr=stderr,
                 env=environment(home),
                 cwd=home,  # and not the checkout: an installed Potluck needs none
-                start_new_session=True,  # the tester's Ctrl-C is the test's to handle
+                start_new_session=True,  # the tester's Ctrl-C is the test's to handle; see `press_ctrl_c`
             )
         self.pid = self._popen.pid
         running.append(self)
@@ -148,8 +148,17 @@ class Process:
         self._popen.stdin.write(text.encode())
         self._popen.stdin.flush()
 
+    def end_input(self) -> None:
+        """As Ctrl-D does."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+
     def send(self, number: signal.Signals) -> None:
         self._popen.send_signal(number)
+
+    def press_ctrl_c(self) -> None:
+        """As a terminal does it: SIGINT to the process and to its children, p2pd among them."""
+        os.killpg(self.pid, signal.SIGINT)
 
     def wait(self, timeout_s: float = START_S) -> int:
         """The exit code.
@@ -215,8 +224,7 @@ def run(home: Path, *arguments: str, stdin: str | None = None, timeout_s: float 
     with Process(home, *arguments, stdin=None if stdin is None else subprocess.PIPE) as process:
         if stdin is not None:
             process.write(stdin)
-            assert process._popen.stdin is not None
-            process._popen.stdin.close()
+            process.end_input()
         code = process.wait(timeout_s)
         return Ended(code, process.stdout, process.stderr)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from slicing import load_config, model_class, resolve
 from tests import processes
 from tests.slicing.architectures import make_checkpoint
 
@@ -66,16 +64,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[name]
 
     return make
-
-
-def unsplit(folder: Path | str) -> Any:
-    """The model as transformers loads it, float32."""
-    source = resolve(str(folder))
-    cls: Any = model_class(load_config(source))
-    return cls.from_pretrained(source.location, dtype=torch.float32).eval()
-
-
-def answers_at_length(model: Any) -> None:
-    """Random weights would end most answers early."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0

@@ -115,11 +115,11 @@ class Talker:
             stdin=subprocess.PIPE,
         )  # fmt: skip
 
-    def status(self) -> dict[str, str]:
-        """Blocks by peer id."""
+    def status(self) -> set[str]:
+        """The ids of the peers that a new client sees."""
         ended = run(self.swarm.home, "client", "status", "--json")
         models = json.loads(ended.stdout)["models"]
-        return {peer["peer_id"]: peer["blocks"] for model in models for peer in model["peers"]}
+        return {peer["peer_id"] for model in models for peer in model["peers"]}
 
 
 def make_talker(folder: Path) -> None:
@@ -148,14 +148,14 @@ def _talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talker]:
 def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Talker) -> None:
     with talker.chat() as chat:
         chat.says("Ctrl-C stops an answer", on_stderr=True)
-        chat.send(signal.SIGINT)  # nothing is being said: no reason to leave
+        chat.press_ctrl_c()  # nothing is being said: no reason to leave
         chat.says("/exit or Ctrl-D leaves", on_stderr=True)
         for turn in range(2):
             chat.write("w5 w6 w7\n")
             chat.says(rf"\A(.*\n){{{turn}}}w\d+ w\d+ w\d+")
-            chat.send(signal.SIGINT)
+            chat.press_ctrl_c()
             chat.says(rf"\A(.*\n){{{turn + 1}}}")
-        chat.write("/exit\n")
+        chat.end_input()  # Ctrl-D
         assert chat.wait() == 0
         answers = chat.stdout.splitlines()
         assert len(answers) == 2
@@ -163,22 +163,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Talker) -> None:
         assert "Traceback" not in chat.stderr
 
 
-def test_leaving_by_ctrl_d(talker: Talker) -> None:
-    ended = run(talker.swarm.home, "client", "chat", "--model", talker.model, stdin="")
-    assert (ended.code, ended.stdout) == (0, "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_a_peer_properly(talker: Talker, number: signal.Signals) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_a_peer_properly(talker: Talker, how: str) -> None:
     peer = talker.swarm.living[-1]
     assert peer is not talker.swarm.peers[0]
     daemons = psutil.Process(peer.pid).children(recursive=True)
     assert any("p2pd" in daemon.name() for daemon in daemons)
-    assert peer.peer_id in talker.status()
-    peer.send(number)
+    if how == "Ctrl-C":
+        peer.press_ctrl_c()
+    else:
+        peer.send(signal.SIGTERM)
     assert peer.wait() == 0, peer.stderr
     assert not any(daemon.is_running() for daemon in daemons), "p2pd was left running"
-    assert peer.peer_id not in talker.status(), "the swarm was not told"
+    assert talker.status() == {peer.peer_id for peer in talker.swarm.living}, "the swarm was not told"
     assert "leaving the swarm" in peer.stderr and "Traceback" not in peer.stderr
 
 
@@ -196,7 +193,7 @@ def test_a_second_signal_ends_it_at_once(talker: Talker) -> None:
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
     with nothing_left_over(tmp_path), Process(tmp_path, "peer", "serve", *LOOPBACK, "--blocks", "0:24") as peer:
         peer.says("started a new swarm", on_stderr=True)
-        peer.send(signal.SIGINT)
+        peer.press_ctrl_c()
         assert peer.wait() == 0
         assert "Traceback" not in peer.stderr
 

@@ -26,7 +26,7 @@ from client.hop import Hop
 from client.model import SwarmModel, SwarmModelForCausalLM
 from client.session import SessionStats
 from protocol.messages import Step, StepResult
-from tests.e2e.conftest import answers_at_length, unsplit
+from tests.e2e.support import answers_at_length, unsplit
 from tests.processes import LocalSwarm, PeerProcess, at_home, swarm, until
 
 HALVES = ("0:3", "3:6")
