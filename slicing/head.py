@@ -84,6 +84,14 @@ class RemoteStack(Hole):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        try:
+            output = self._run(hidden)
+        finally:
+            # What is kept here would keep the call's cache alive, and with it the peers' memory.
+            self._call, self._outer, self._extras = {}, {}, {}
+        return (output, None) if self.returns_tuple else output
+
+    def _run(self, hidden: Tensor) -> Tensor:
         if self.remote is None:
             raise RuntimeError("this head has no blocks yet: call attach(remote) first")
         _refuse_what_cannot_be_sent(self._call)
@@ -102,7 +110,7 @@ class RemoteStack(Hole):
         if cache is not None:
             cache.pending.clear()
             cache.n_tokens += hidden.shape[-2]
-        return (output, None) if self.returns_tuple else output
+        return output
 
 
 class Head(_HeadBase):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__

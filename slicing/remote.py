@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NoReturn, Protocol, cast
 
 from torch import Tensor
@@ -111,7 +112,8 @@ class _RemoteLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
 
     def __init__(self, cache: RemoteCache) -> None:
         cast(Any, super()).__init__()
-        self._cache = cache
+        # The cache owns the layer. A cycle would keep the peers' memory until Python looks for cycles.
+        self._cache: RemoteCache = weakref.proxy(cache)
         self.is_initialized = True
 
     def get_seq_length(self) -> int:

@@ -211,7 +211,6 @@ def test_a_session_that_is_left_is_freed_at_once(pair: Pair) -> None:
     assert sessions_held(pair.remote) == 0
 
 
-@pytest.mark.xfail(reason="a RemoteCache is in a reference cycle, and the head keeps its last call: slicing/head.py")
 def test_an_answer_outside_a_session_is_freed_when_it_is_there(pair: Pair) -> None:
     gc.collect()
     gc.disable()
