@@ -22,6 +22,7 @@ from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.errors import BadMessage, PeerFault, PotluckError, WireError
 from protocol.frames import RequestAssembler, result_frames
+from protocol.limits import PAYLOAD_BYTES
 from protocol.messages import Close, Failure, Open, Opened, Step, StepResult, check_version
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class PeerService(pb_grpc.PeerServicer):
                     held.release()
                     yield Failure(error, step_id=_step_id(message), fatal=fatal).to_proto()
                     if fatal:
+                        await _drop_payload(message, requests)
                         return
         finally:
             held.release()
@@ -157,6 +159,19 @@ class PeerService(pb_grpc.PeerServicer):
         session.last_used_s = time.monotonic()
         self.steps += 1
         return result
+
+
+async def _drop_payload(message: pb.InferRequest, requests: AsyncIterator[pb.InferRequest]) -> None:
+    """Reads what still comes of a refused step, without keeping it: a stream that ends under a client's writes would
+    hide the refusal from it."""
+    if message.WhichOneof("kind") != "step":
+        return
+    missing = min(message.step.payload_bytes, PAYLOAD_BYTES) - len(message.chunk)
+    while missing > 0:
+        more = await anext(requests, None)
+        if more is None or not more.chunk:
+            return
+        missing -= len(more.chunk)
 
 
 class _Held:

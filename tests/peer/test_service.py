@@ -215,6 +215,15 @@ async def test_a_step_in_many_chunks(checkpoint: Path) -> None:
         await known.close()
 
 
+async def test_a_long_step_that_is_refused_by_its_header_hears_why(host: SpanHost, stub: pb_grpc.PeerStub) -> None:
+    stream = Stream(stub)
+    await stream.send(opening(host).to_proto())
+    frames = list(step_frames(step(tokens=40_000)))
+    assert len(frames) > 8
+    error = await stream.refusal(*frames)
+    assert isinstance(error, BadMessage) and "smaller chunks" in error.message
+
+
 async def test_describe_and_ping(host: SpanHost, stub: pb_grpc.PeerStub) -> None:
     description = await stub.Describe(pb.DescribeRequest(wire_version=WIRE_VERSION))
     assert (description.start, description.stop, description.n_blocks) == (1, 4, 4)
