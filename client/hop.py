@@ -11,7 +11,7 @@ import grpc
 from client.chain import Link
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import peer_error
-from protocol.errors import PeerError, PeerLost, PotluckError, WireError
+from protocol.errors import PeerError, PeerFull, PeerLost, PotluckError, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.limits import PAYLOAD_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Step, StepResult
@@ -97,7 +97,8 @@ class Hop:
             raise self._blame(PeerLost(f"{self.name} {what} for {timeout_s:g} s")) from error
         except grpc.aio.AioRpcError as error:
             meaning = peer_error(error)
-            if not isinstance(meaning, PeerError):  # whoever answers there is no peer of ours
+            if not isinstance(meaning, PeerFull):
+                # What a peer has to say comes as a Failure. All else is the stream's end, a write to it included.
                 meaning = PeerLost(meaning.message)
             raise self._blame(meaning) from error
         except asyncio.CancelledError as error:
