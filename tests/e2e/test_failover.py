@@ -27,7 +27,7 @@ from client.model import SwarmModel, SwarmModelForCausalLM
 from client.session import SessionStats
 from protocol.messages import Step, StepResult
 from tests.e2e.support import answers_at_length, unsplit
-from tests.processes import LocalSwarm, PeerProcess, at_home, swarm, until
+from tests.processes import START_S, LocalSwarm, PeerProcess, at_home, swarm, until
 
 HALVES = ("0:3", "3:6")
 NEW_TOKENS = 20
@@ -100,7 +100,11 @@ def _faulty(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         at_home(home),
         swarm(home, folder, [half for half in HALVES for _ in range(2)]) as peers,
         SwarmModelForCausalLM.from_pretrained(
-            str(folder), join=peers.join, codec="none", on_event=lambda text: faulty.heard(text)
+            str(folder),
+            join=peers.join,
+            codec="none",
+            wait_s=2 * START_S,  # for a peer that is only being started, perhaps on a busy machine
+            on_event=lambda text: faulty.heard(text),
         ) as client,
     ):
         faulty = Faulty(peers, folder, client, unsplit(folder))
