@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from client.remote import RemoteBlocks
 from client.swarm import Swarm
 from protocol.errors import ConfigError
 from slicing import Head, ModelSource, Progress, RemoteCache, fingerprint, load_config, load_head, n_blocks, resolve
+from slicing.skeleton import forward_parameters
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -121,7 +121,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         generate = cast(Any, super()).generate
         session = self._session
         given = inputs if inputs is not None else kwargs.get("input_ids")
-        name = "cache_params" if "cache_params" in signature(self.forward).parameters else "past_key_values"  # mamba's
+        name = "cache_params" if "cache_params" in forward_parameters(self) else "past_key_values"  # mamba's
         if session is None or given is None or name in kwargs:
             return generate(inputs, **kwargs)
         output = generate(inputs, **{name: session.align(given)}, **kwargs)

@@ -72,8 +72,6 @@ class PeerService(pb_grpc.PeerServicer):
         self._compute = compute
         self._messages = messages
         self._max_payload_bytes = max_payload_bytes
-        self.steps = 0
-        self.refused = 0
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:  # noqa: N802
         try:
@@ -115,7 +113,6 @@ class PeerService(pb_grpc.PeerServicer):
                         for reply in result_frames(result):
                             yield reply
                 except PotluckError as error:
-                    self.refused += 1
                     # A step that was refused by its header goes on arriving: only a new stream is in order again.
                     fatal = isinstance(error, WireError) or assembler.refused
                     held.release()
@@ -157,7 +154,6 @@ class PeerService(pb_grpc.PeerServicer):
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
         session.last_used_s = time.monotonic()
-        self.steps += 1
         return result
 
 
