@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 """How often the peer's own status is looked at for a change; a change of state calls `changed` and does not wait."""
+QUEUE_NEWS_MS = 20.0
+"""A smaller change of the waiting time is no news: a queue of nearly nothing doubles all the time."""
 RETRY_AFTER_S = 2.0
 TOMBSTONE_MARGIN_S = 0.001
 """A node replaces a record only by one that expires later."""
@@ -53,18 +55,30 @@ def has_changed(before: PeerRecord, after: PeerRecord, load_step: float) -> bool
     return (
         abs(before.kv_tokens_left - after.kv_tokens_left) >= step
         or _differs(before.step_ms, after.step_ms, load_step)
+        or _differs(before.queue_ms, after.queue_ms, load_step, floor=QUEUE_NEWS_MS)
         or _differs(before.tokens_per_s, after.tokens_per_s, load_step)
     )
 
 
 def _facts(record: PeerRecord) -> PeerRecord:
-    return replace(record, kv_tokens_left=0, step_ms=None, tokens_per_s=None, sequence=0, expires_at=0.0, maddrs=())
+    """What is news whenever it changes: all but the load, and the round-trip times, which ride along."""
+    return replace(
+        record,
+        kv_tokens_left=0,
+        step_ms=None,
+        queue_ms=None,
+        tokens_per_s=None,
+        rtts_ms=(),
+        sequence=0,
+        expires_at=0.0,
+        maddrs=(),
+    )
 
 
-def _differs(before: float | None, after: float | None, load_step: float) -> bool:
+def _differs(before: float | None, after: float | None, load_step: float, floor: float = 0.0) -> bool:
     if before is None or after is None:
         return before is not after
-    return abs(after - before) >= load_step * max(abs(before), abs(after), 1e-9)
+    return abs(after - before) >= max(load_step * max(abs(before), abs(after), 1e-9), floor)
 
 
 class Announcer:

@@ -71,6 +71,15 @@ class Fields:
     def raws(self, name: str, max_items: int, max_bytes: int) -> tuple[bytes, ...]:
         return tuple(_bytes(item, name, max_bytes) for item in self._list(name, max_items))
 
+    def numbers_by_name(self, name: str, max_items: int, max_chars: int, high: float) -> tuple[tuple[str, float], ...]:
+        """A map of tokens to numbers from 0 to `high`, smallest number first."""
+        values = self._get(name)
+        if not isinstance(values, Mapping) or len(values) > max_items:
+            raise BadRecord(f"{name} is not a map of at most {max_items}")
+        inner = Fields(values)
+        found = [(_token(key, name, max_chars), inner.number(key, 0, high)) for key in values]
+        return tuple(sorted(found, key=lambda item: (item[1], item[0])))
+
     def addresses(self, name: str, max_items: int) -> tuple[str, ...]:
         return tuple(check_address(item, name) for item in self._list(name, max_items))
 

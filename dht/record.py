@@ -46,6 +46,9 @@ MAX_TOKENS_PER_S = 1e9
 MAX_TIME_S = 1e11
 """Around the year 5138: only there to keep arithmetic on times finite."""
 MAX_WIRE_VERSION = 1 << 16
+MAX_RTTS = 8
+MAX_RTT_MS = 6e4
+MAX_PEER_ID_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class PeerRecord:
         certificate_der: its TLS certificate, to which channels are pinned.
         block_digests: digests of the weights that it loaded, one for each block of the span in order; or empty.
         step_ms: milliseconds for one token through the whole span; None: not measured yet.
+        queue_ms: milliseconds that a step lately waited before it was computed; None: not measured yet.
         tokens_per_s: throughput of its whole span over all sessions; None: not measured yet.
+        rtts_ms: round-trip times to likely next peers, (peer id, milliseconds), nearest first.
+        moving_to: the span that it will serve next, while it gives up its present one (a claim, so that no two peers
+            fill the same gap); None: it stays.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
         started_at: seconds since 1970.
         sequence: nanosecond of issue, growing.
@@ -77,7 +84,10 @@ class PeerRecord:
     maddrs: tuple[str, ...] = ()
     block_digests: tuple[bytes, ...] = ()
     step_ms: float | None = None
+    queue_ms: float | None = None
     tokens_per_s: float | None = None
+    rtts_ms: tuple[tuple[str, float], ...] = ()
+    moving_to: Span | None = None
     kv_tokens_left: int = 0
     kv_tokens_total: int = 0
     codecs: tuple[str, ...] = ()
@@ -239,7 +249,10 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "certificate": record.certificate_der,
         "digests": list(record.block_digests),
         "step_ms": record.step_ms,
+        "queue_ms": record.queue_ms,
         "tokens_per_s": record.tokens_per_s,
+        "rtts_ms": dict(record.rtts_ms),
+        "moving_to": [] if record.moving_to is None else [record.moving_to.start, record.moving_to.stop],
         "kv_left": record.kv_tokens_left,
         "kv_total": record.kv_tokens_total,
         "codecs": list(record.codecs),
@@ -275,7 +288,10 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         maddrs=fields.tokens("maddrs", MAX_ADDRESSES, MAX_MADDR_CHARS),
         block_digests=digests,
         step_ms=fields.number_or_none("step_ms", 0, MAX_STEP_MS),
+        queue_ms=fields.number_or_none("queue_ms", 0, MAX_STEP_MS),
         tokens_per_s=fields.number_or_none("tokens_per_s", 0, MAX_TOKENS_PER_S),
+        rtts_ms=fields.numbers_by_name("rtts_ms", MAX_RTTS, MAX_PEER_ID_CHARS, MAX_RTT_MS),
+        moving_to=_span_or_none(fields, "moving_to", n_blocks),
         kv_tokens_left=fields.whole("kv_left", 0, kv_total),
         kv_tokens_total=kv_total,
         codecs=fields.tokens("codecs", MAX_CODECS, MAX_LABEL_CHARS),
@@ -309,6 +325,15 @@ def _model_from_payload(payload: bytes, signer: str, sequence: int, expires_at: 
         sequence=sequence,
         expires_at=expires_at,
     )
+
+
+def _span_or_none(fields: Fields, name: str, n_blocks: int) -> Span | None:
+    edges = fields.wholes(name, 2, 0, n_blocks)
+    if not edges:
+        return None
+    if len(edges) != 2 or edges[0] >= edges[1]:
+        raise BadRecord(f"{name} is not a span")
+    return Span(*edges)
 
 
 def _fingerprint(fields: Fields) -> str:

@@ -37,6 +37,8 @@ def peer(index: int = 0, span: str = "0:24", state: State = "online", **values: 
         "kv_tokens_total": 4000,
         "step_ms": 1.5,
         "tokens_per_s": 640.0,
+        "queue_ms": 1.5,
+        "rtts_ms": (("QmNear", 2.5), ("QmFar", 80.0)),
         "codecs": ("int8", "none"),
         "dtype": "float32",
         "software": "potluck/0.1.0",

@@ -72,6 +72,8 @@ def test_what_is_written_is_read(
         kv_tokens_left=tokens,
         kv_tokens_total=2 * tokens,
         public_name=name,
+        queue_ms=number,
+        moving_to=None if number is None else Span(0, blocks[0]),
     )
     assert read(record.encode(identity(0))) == record
 
@@ -87,7 +89,7 @@ def test_a_large_honest_record_fits() -> None:
     )
     raw = record.encode(identity(0))
     assert read(raw) == record
-    assert len(raw) < MAX_RAW_BYTES / 2
+    assert len(raw) < MAX_RAW_BYTES * 3 / 4
 
 
 def test_a_listing_is_read() -> None:
@@ -120,6 +122,11 @@ def test_a_peer_signs_for_itself_only() -> None:
         peer(step_ms=math.inf),
         peer(step_ms=-1.0),
         peer(tokens_per_s=1e30),
+        peer(queue_ms=-1.0),
+        peer(rtts_ms=tuple((f"Qm{i}", 1.0) for i in range(9))),
+        peer(rtts_ms=(("Qm 1", 1.0),)),
+        peer(rtts_ms=(("Qm1", float("nan")),)),
+        peer(moving_to=Span(0, 10**6)),
         peer(kv_tokens_left=-1),
         peer(kv_tokens_left=5000),
         peer(kv_tokens_total=2**60, kv_tokens_left=0),
