@@ -4,7 +4,8 @@
 |---|---|
 | finding a model | `resolve` -> `ModelSource` |
 | knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `legal_cuts`, `check_span`, `fingerprint` |
-| a peer | `load_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
+| a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp` |
+| | `block_bytes`, before it loads; `block_digests`, afterwards |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
 
 Names are imported on first use: what only concerns files and cuts does not wait for torch.
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from slicing.loading import LoadReport, Progress
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
-    from slicing.span_model import SpanModel, load_span
+    from slicing.span_model import SpanModel, block_bytes, load_span, move_span
 
 __all__ = [
     "CacheOp",
@@ -36,6 +37,7 @@ __all__ = [
     "RemoteCache",
     "SpanCache",
     "SpanModel",
+    "block_bytes",
     "block_digests",
     "check_architecture",
     "check_span",
@@ -47,6 +49,7 @@ __all__ = [
     "load_head",
     "load_span",
     "model_class",
+    "move_span",
     "n_blocks",
     "nearest_spans",
     "resolve",
@@ -61,7 +64,7 @@ _HOME = {
     "slicing.loading": ("LoadReport", "Progress"),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
-    "slicing.span_model": ("SpanModel", "load_span"),
+    "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
 }
 
 
