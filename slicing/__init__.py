@@ -3,7 +3,7 @@
 | for | there is |
 |---|---|
 | finding a model | `resolve` -> `ModelSource` |
-| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `legal_cuts`, `check_span`, `fingerprint` |
+| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `kv_values`, `legal_cuts`, `check_span`, `fingerprint` |
 | a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp` |
 | | `block_bytes`, before it loads; `block_digests`, afterwards |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slicing.cache import CacheOp, SpanCache
-    from slicing.config import hidden_size, load_config, model_class, n_blocks
+    from slicing.config import hidden_size, kv_values, load_config, model_class, n_blocks
     from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
@@ -44,6 +44,7 @@ __all__ = [
     "fingerprint",
     "hidden_size",
     "is_proven",
+    "kv_values",
     "legal_cuts",
     "load_config",
     "load_head",
@@ -57,7 +58,7 @@ __all__ = [
 
 _HOME = {
     "slicing.cache": ("CacheOp", "SpanCache"),
-    "slicing.config": ("hidden_size", "load_config", "model_class", "n_blocks"),
+    "slicing.config": ("hidden_size", "kv_values", "load_config", "model_class", "n_blocks"),
     "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),
