@@ -1,0 +1,120 @@
+"""When this peer serves other blocks than it does: where the swarm needs it clearly more, and nobody is hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterable, Sequence
+
+from dht.record import PeerRecord
+from dht.view import SwarmReader, SwarmView
+from peer.claim import came_first, refreshed, rivals
+from peer.host import Served
+from peer.placement import MovePolicy, Placed, better_span, lacking, may_move, next_check_s, placed
+from peer.standing import Standing
+from protocol.span import Span
+
+
+def is_safe(mine: PeerRecord, target: Span, others: Iterable[PeerRecord]) -> bool:
+    """Is every block that `mine` would give up for `target` served by another peer, which stays?
+
+    Another that is about to move as well, but said so later, will see that it must stay.
+    """
+    staying = [
+        other.span
+        for other in others
+        if other.state == "online" and (other.moving_to is None or not came_first(other, mine))
+    ]
+    return all(block in target or any(block in span for span in staying) for block in _blocks(mine.span))
+
+
+def may_go(mine: PeerRecord, target: Span, others: Sequence[PeerRecord]) -> bool:
+    """May a peer whose claim on `target` is known to the swarm go there? Not if another's came first, or it would leave
+    a hole."""
+    return not rivals(mine, others) and is_safe(mine, target, others)
+
+
+def _blocks(span: Span) -> range:
+    return range(span.start, span.stop)
+
+
+class Balance:
+    """Looks from time to time where this peer is needed most.
+
+    Args:
+        num_blocks: the most that it can hold.
+    """
+
+    def __init__(
+        self,
+        standing: Standing,
+        served: Served,
+        reader: SwarmReader,
+        num_blocks: int,
+        policy: MovePolicy,
+        rng: random.Random,
+    ) -> None:
+        self._standing = standing
+        self._served = served
+        self._reader = reader
+        self._num_blocks = num_blocks
+        self._policy = policy
+        self._rng = rng
+        self._since_s = time.monotonic()
+
+    def arrived(self) -> None:
+        """The peer serves its span from now on."""
+        self._since_s = time.monotonic()
+
+    async def due(self) -> Span:
+        """Waits until a move pays; where to."""
+        while True:
+            await self._pause()
+            mine, others = await self._seen()
+            if mine is None or mine.state != "online" or self._standing.leaving:
+                continue
+            stayed_s = time.monotonic() - self._since_s
+            if not may_move(self._policy, stayed_s, gap=self._lacks(self._reader.view)):
+                continue
+            target = self._target(mine, others)
+            if target is not None and is_safe(mine, target, others):
+                return target
+
+    async def still_due(self, target: Span) -> bool:
+        """May this peer, which has announced that it moves to `target`, go there? Looks anew."""
+        mine, others = await self._seen()
+        # A record that the swarm does not have is no claim that others could heed.
+        return mine is not None and mine.moving_to == target and may_go(mine, target, others)
+
+    async def _pause(self) -> None:
+        """Until the next look is due; sooner if meanwhile blocks come to lack peers."""
+        if not self._lacks(self._reader.view):
+            try:
+                await self._reader.wait_until(self._lacks, next_check_s(self._policy, self._rng, gap=False))
+            except TimeoutError:
+                return
+        await asyncio.sleep(next_check_s(self._policy, self._rng, gap=True))
+
+    async def _seen(self) -> tuple[PeerRecord | None, list[PeerRecord]]:
+        return await refreshed(self._reader, self._served.fingerprint, self._standing.record().peer_id)
+
+    def _lacks(self, view: SwarmView) -> bool:
+        return lacking(self._served.n_blocks, self._placed(view.peers(self._served.fingerprint)))
+
+    def _target(self, mine: PeerRecord, others: Sequence[PeerRecord]) -> Span | None:
+        (me,) = self._placed([mine])
+        served = self._served
+        return better_span(
+            me,
+            self._placed(others),
+            served.n_blocks,
+            served.legal_cuts,
+            self._num_blocks,
+            self._policy,
+            rng=self._rng,
+        )
+
+    def _placed(self, records: Iterable[PeerRecord]) -> tuple[Placed, ...]:
+        speed = self._standing.record().tokens_per_s or 1.0
+        return placed(records, prior_blocks_per_s=speed * len(self._standing.span))
