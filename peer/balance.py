@@ -19,14 +19,16 @@ from protocol.span import Span
 def is_safe(mine: PeerRecord, target: Span, others: Iterable[PeerRecord]) -> bool:
     """Is every block that `mine` would give up for `target` served by another peer, which stays?
 
-    Another that is about to move as well, but said so later, will see that it must stay.
+    Another that is about to move as well, but said so later than `mine` did, will see that it must stay.
     """
-    staying = [
-        other.span
-        for other in others
-        if other.state == "online" and (other.moving_to is None or not came_first(other, mine))
-    ]
-    return all(block in target or any(block in span for span in staying) for block in _blocks(mine.span))
+
+    def stays(other: PeerRecord) -> bool:
+        gives_way = mine.moving_to is not None and not came_first(other, mine)
+        return other.state == "online" and (other.moving_to is None or gives_way)
+
+    staying = [other.span for other in others if stays(other)]
+    given_up = [block for block in range(mine.span.start, mine.span.stop) if block not in target]
+    return all(any(block in span for span in staying) for block in given_up)
 
 
 def may_go(mine: PeerRecord, target: Span, others: Sequence[PeerRecord]) -> bool:
@@ -35,49 +37,45 @@ def may_go(mine: PeerRecord, target: Span, others: Sequence[PeerRecord]) -> bool
     return not rivals(mine, others) and is_safe(mine, target, others)
 
 
-def _blocks(span: Span) -> range:
-    return range(span.start, span.stop)
-
-
 class Balance:
-    """Looks from time to time where this peer is needed most.
-
-    Args:
-        num_blocks: the most that it can hold.
-    """
+    """Looks from time to time where this peer is needed most."""
 
     def __init__(
         self,
         standing: Standing,
         served: Served,
         reader: SwarmReader,
-        num_blocks: int,
         policy: MovePolicy,
         rng: random.Random,
     ) -> None:
         self._standing = standing
         self._served = served
         self._reader = reader
-        self._num_blocks = num_blocks
         self._policy = policy
         self._rng = rng
         self._since_s = time.monotonic()
+        self._rest_until_s = 0.0
 
     def arrived(self) -> None:
         """The peer serves its span from now on."""
         self._since_s = time.monotonic()
 
-    async def due(self) -> Span:
-        """Waits until a move pays; where to."""
+    def rest(self) -> None:
+        """A move failed: no other for a while, for it cost those who were sent away."""
+        self._rest_until_s = time.monotonic() + self._policy.min_stay_s
+
+    async def due(self, num_blocks: int) -> Span:
+        """Waits until a move pays; where to. `num_blocks`: the most that this peer can hold."""
         while True:
             await self._pause()
             mine, others = await self._seen()
             if mine is None or mine.state != "online" or self._standing.leaving:
                 continue
-            stayed_s = time.monotonic() - self._since_s
-            if not may_move(self._policy, stayed_s, gap=self._lacks(self._reader.view)):
+            now_s = time.monotonic()
+            stayed_s = now_s - self._since_s
+            if now_s < self._rest_until_s or not may_move(self._policy, stayed_s, gap=self._lacks(self._reader.view)):
                 continue
-            target = self._target(mine, others)
+            target = self._target(mine, others, num_blocks)
             if target is not None and is_safe(mine, target, others):
                 return target
 
@@ -102,18 +100,10 @@ class Balance:
     def _lacks(self, view: SwarmView) -> bool:
         return lacking(self._served.n_blocks, self._placed(view.peers(self._served.fingerprint)))
 
-    def _target(self, mine: PeerRecord, others: Sequence[PeerRecord]) -> Span | None:
+    def _target(self, mine: PeerRecord, others: Sequence[PeerRecord], num_blocks: int) -> Span | None:
         (me,) = self._placed([mine])
-        served = self._served
-        return better_span(
-            me,
-            self._placed(others),
-            served.n_blocks,
-            served.legal_cuts,
-            self._num_blocks,
-            self._policy,
-            rng=self._rng,
-        )
+        n_blocks, cuts = self._served.n_blocks, self._served.legal_cuts
+        return better_span(me, self._placed(others), n_blocks, cuts, num_blocks, self._policy, rng=self._rng)
 
     def _placed(self, records: Iterable[PeerRecord]) -> tuple[Placed, ...]:
         speed = self._standing.record().tokens_per_s or 1.0

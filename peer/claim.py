@@ -48,9 +48,7 @@ def rivals(mine: PeerRecord, others: Iterable[PeerRecord]) -> tuple[PeerRecord, 
     wanted = claimed(mine)
     if wanted is None:
         return ()
-    return tuple(
-        other for other in others if (of := claimed(other)) and of.overlap(wanted) and came_first(other, mine)
-    )
+    return tuple(other for other in others if (of := claimed(other)) and of.overlap(wanted) and came_first(other, mine))
 
 
 async def refreshed(reader: SwarmReader, fingerprint: str, peer_id: str) -> tuple[PeerRecord | None, list[PeerRecord]]:
@@ -71,19 +69,19 @@ async def settle(
     choose: Callable[[Sequence[PeerRecord]], Span],
     rng: random.Random,
 ) -> None:
-    """Claims `standing.span`, and what `choose` picks instead as long as others came first there.
+    """Looks whether others came first with the claim that was just announced, and claims what `choose` picks instead.
 
-    After `LOOKS` looks it takes what it has: too many peers for one gap do no harm, and move on later.
+    After `LOOKS` looks it keeps what it has: too many peers for one gap do no harm, and move on later.
     """
     for _ in range(LOOKS):
-        await announcer.announce()
-        record = standing.record()
         await asyncio.sleep(rng.uniform(*PAUSE_S))
+        record = standing.record()
         mine, others = await refreshed(reader, record.fingerprint, record.peer_id)
         if mine is None or not rivals(mine, others):
             return
         better = choose(others)
         if better == standing.span:
             return
-        logger.info("another peer came first with blocks %s; taking %s", standing.span, better)
+        logger.info("another peer came first with blocks of %s; taking %s", standing.span, better)
         standing.claim(better)
+        await announcer.announce()

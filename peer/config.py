@@ -60,7 +60,8 @@ class PeerConfig:
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
     )
     drain_s: float = field(
-        default=20.0, metadata={"help": "So long a peer that leaves or moves waits for its sessions to go on elsewhere."}
+        default=20.0,
+        metadata={"help": "So long a peer that leaves or moves waits for its sessions to go on elsewhere."},
     )
     balance_every_s: float | None = field(
         default=None,

@@ -48,10 +48,9 @@ class SpanLoader:
             ConfigError: there is no such device here.
         """
         device = _device(config)
+        dtype: torch.dtype | None = torch.float32 if device.type == "cpu" else None
         if config.dtype != "auto":
             dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        else:
-            dtype = torch.float32 if device.type == "cpu" else None
         return cls(source, served, device, dtype, config.kv_tokens, progress)
 
     def num_blocks(self) -> int:
@@ -73,7 +72,9 @@ class SpanLoader:
 
     def fits_beside(self, span: Span, old: Span) -> bool:
         """Is there room now for what `span` has more than `old`, which stays loaded? Blocks for a moment."""
-        more = sum(nbytes for i, nbytes in enumerate(block_bytes(self.source, self.dtype)) if i in span and i not in old)
+        more = sum(
+            nbytes for i, nbytes in enumerate(block_bytes(self.source, self.dtype)) if i in span and i not in old
+        )
         return more <= memory.free_bytes(self.device) * (1 - memory.MARGIN_SHARE)
 
     async def load(self, span: Span, old: SpanModel | None = None) -> SpanModel:

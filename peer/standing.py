@@ -42,7 +42,8 @@ class Standing:
         self.rtts_ms: Callable[[], tuple[tuple[str, float], ...]] = tuple
         self._digests: tuple[bytes, ...] = ()
         self._hosts = hosts
-        self._port = config.announce_port
+        self._announce_port = config.announce_port
+        self._port = 0
         self._template = PeerRecord(
             peer_id=identity.peer_id,
             fingerprint=served.fingerprint,
@@ -67,9 +68,14 @@ class Standing:
     def serve(self, host: SpanHost, digests: dict[int, str]) -> None:
         """It serves what `host` serves."""
         self.span = host.model.span
+        self.host, self._port = host, host.port
         self._digests = tuple(bytes.fromhex(digests[block]) for block in sorted(digests))
-        self.host, self.moving_to = host, None
+        self._template = replace(self._template, dtype=dtype_name(host.model.dtype))
         self.resume()
+
+    def closed(self) -> None:
+        """Nothing is served for a moment, and nobody here refers to what was."""
+        self.host = None
 
     def resume(self) -> None:
         """It takes sessions, and stays where it is."""
@@ -101,6 +107,8 @@ class Standing:
             span=self.span,
             state=self.state,
             moving_to=None if self.leaving else self.moving_to,
+            addresses=self._addresses(),
+            block_digests=self._digests,
             rtts_ms=self.rtts_ms(),
         )
         if self.host is None:
@@ -108,9 +116,6 @@ class Standing:
         host, meter = self.host, self.host.meter
         return replace(
             record,
-            addresses=self._addresses(host.port),
-            block_digests=self._digests,
-            dtype=dtype_name(host.model.dtype),
             step_ms=meter.step_ms,
             queue_ms=meter.queue_ms(time.monotonic()),
             tokens_per_s=meter.tokens_per_s,
@@ -118,6 +123,9 @@ class Standing:
             kv_tokens_total=host.budget.tokens_total,
         )
 
-    def _addresses(self, port: int) -> tuple[str, ...]:
-        port = self._port or port
+    def _addresses(self) -> tuple[str, ...]:
+        """Where clients reach the gRPC port; none before it is open."""
+        if not self._port:
+            return ()
+        port = self._announce_port or self._port
         return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self._hosts()[:8])

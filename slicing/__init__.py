@@ -3,9 +3,9 @@
 | for | there is |
 |---|---|
 | finding a model | `resolve` -> `ModelSource` |
-| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `kv_values`, `legal_cuts`, `check_span`, `fingerprint` |
-| a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp` |
-| | `block_bytes`, before it loads; `block_digests`, afterwards |
+| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `kv_values`, `block_bytes` |
+| | `legal_cuts`, `check_span`, `fingerprint` |
+| a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
 
 Names are imported on first use: what only concerns files and cuts does not wait for torch.

@@ -43,7 +43,9 @@ def test_only_lengths_between_legal_cuts_count() -> None:
 
 def test_too_little_memory_is_told_with_numbers() -> None:
     mib = 1 << 20
-    with pytest.raises(UserError, match=r"not even 6 of the model's 24 blocks fit: weights of 600 MiB and caches of 60 MiB") as error:
+    with pytest.raises(
+        UserError, match=r"not even 6 of the model's 24 blocks fit: weights of 600 MiB and caches of 60 MiB"
+    ) as error:
         blocks_that_fit(500 * mib, [100 * mib] * 24, (0, 6, 24), 10 * mib, what="memory of cuda:0")
     assert "400 MiB of 500 MiB free memory of cuda:0" in error.value.message
     assert "--dtype bfloat16" in error.value.message

@@ -7,7 +7,9 @@ import pytest
 from peer.meter import OUTLIER, QUEUE_HALF_LIFE_S, Meter
 
 
-def decode(meter: Meter, steps: int, *, blocks: int = 8, rows: int = 1, queue_ms: float = 0.0, ms: float = 10.0) -> None:
+def decode(
+    meter: Meter, steps: int, *, blocks: int = 8, rows: int = 1, queue_ms: float = 0.0, ms: float = 10.0
+) -> None:
     for step in range(steps):
         meter.note(blocks, 1, rows, queue_ms, ms, float(step))
 
