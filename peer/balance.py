@@ -13,12 +13,14 @@ from peer.claim import came_first, refreshed, rivals
 from peer.host import Served
 from peer.placement import MovePolicy, Placed, better_span, lacking, may_move, next_check_s, placed
 from peer.standing import Standing
-from protocol.span import Span
+from protocol.span import Span, missing_spans
 
 
-def is_safe(mine: PeerRecord, target: Span, others: Iterable[PeerRecord]) -> bool:
-    """Is every block that `mine` would give up for `target` served by another peer, which stays?
+def is_safe(mine: PeerRecord, target: Span, others: Sequence[PeerRecord]) -> bool:
+    """Does the swarm lose nothing while `mine` moves to `target`, and after it?
 
+    Every block that is given up must be served by another peer, which stays; and so must those that are kept, for they
+    are not served meanwhile: unless no answer can be made anyway, because other blocks have no peer.
     Another that is about to move as well, but said so later than `mine` did, will see that it must stay.
     """
 
@@ -27,8 +29,9 @@ def is_safe(mine: PeerRecord, target: Span, others: Iterable[PeerRecord]) -> boo
         return other.state == "online" and (other.moving_to is None or gives_way)
 
     staying = [other.span for other in others if stays(other)]
-    given_up = [block for block in range(mine.span.start, mine.span.stop) if block not in target]
-    return all(any(block in span for span in staying) for block in given_up)
+    is_whole = not missing_spans([mine.span, *(o.span for o in others if o.state == "online")], mine.n_blocks)
+    alone = [block for block in range(mine.span.start, mine.span.stop) if not any(block in span for span in staying)]
+    return not alone if is_whole else all(block in target for block in alone)
 
 
 def may_go(mine: PeerRecord, target: Span, others: Sequence[PeerRecord]) -> bool:

@@ -94,8 +94,10 @@ class SpanLoader:
                 self.progress(done_bytes, total_bytes, what)
 
         def work() -> SpanModel:
-            if old is not None:
-                return move_span(old, self.source, span, progress=progress)
+            nonlocal old
+            before, old = old, None  # a pool's thread may remember its last work for a while
+            if before is not None:
+                return move_span(before, self.source, span, progress=progress)
             return load_span(self.source, span, dtype=self.dtype, device=self.device, progress=progress)
 
         try:
