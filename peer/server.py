@@ -24,6 +24,7 @@ from dht.view import SwarmReader, reading
 from peer import memory
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
+from peer.links import Resolve
 from peer.placement import choose_span
 from protocol.errors import ConfigError, SwarmNotFound, UnknownModel, WrongModel
 from protocol.identity import Identity, claim_identity
@@ -61,7 +62,7 @@ class Peer:
 
     async def drain(self) -> None:
         """Takes no new sessions from now on, and tells the swarm."""
-        self.host.drain()
+        await self.host.drain()
         await self.announcer.announce()
 
 
@@ -92,7 +93,7 @@ async def open_peer(
         span = await _choose_span(config, source, served, reader)
         model = await asyncio.to_thread(_load, config, source, span, progress)
         say(str(model.report))
-        host = await stack.enter_async_context(SpanHost.open(model, served, identity, config))
+        host = await stack.enter_async_context(SpanHost.open(model, served, identity, config, _resolver(reader)))
         digests = await asyncio.to_thread(block_digests, model)
         record = _Describe(host, config, node, tuple(bytes.fromhex(digests[b]) for b in sorted(digests)))
         listing = ModelRecord(
@@ -106,6 +107,19 @@ async def open_peer(
         announcer = await stack.enter_async_context(announcing(node, record, listing))
         await stack.enter_async_context(findable(node, dht_config, "peer"))
         yield Peer(host, node, announcer, record, found)
+
+
+def _resolver(reader: SwarmReader) -> Resolve:
+    """Finds a peer's record in the view; looks again in the swarm if it is not there."""
+
+    async def resolve(peer_id: str) -> PeerRecord | None:
+        try:
+            return reader.view.peer(peer_id) or (await reader.refresh()).peer(peer_id)
+        except SwarmNotFound as error:
+            logger.warning("%s", error)
+            return None
+
+    return resolve
 
 
 async def _locate(config: DhtConfig) -> Located | None:
