@@ -14,10 +14,10 @@ from torch import Tensor
 
 from client.chain import Link, agreed_codec
 from client.config import ClientConfig
-from client.journal import Entry, Part
 from client.session import Session, SessionSpec, SessionStats
 from client.swarm import Swarm
 from protocol.errors import PeerFault
+from protocol.journal import Entry, Part
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
 from slicing import CacheOp, RemoteCache
@@ -162,7 +162,7 @@ def _part(name: str, tensor: Tensor, codec_name: str) -> Part:
 
 
 def _decoded(result: StepResult, like: Tensor) -> Tensor:
-    for spec, payload in result.parts():
+    for spec, payload in result.step.parts():
         if spec.name == HIDDEN:
             decoded = codec(spec.codec).decode(payload, spec.shape, dtype_of(spec.dtype), like.device)
             return decoded.to(like.dtype)

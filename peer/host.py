@@ -15,12 +15,13 @@ import grpc
 from dht.background import background
 from dht.record import State
 from peer import memory
-from peer.budget import KvBudget, MessageBudget
+from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
+from peer.links import Resolve, open_links
 from peer.meter import Meter
 from peer.service import PeerService, UnreadableAsEmpty
-from peer.session import SessionTable
+from peer.session import Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -41,6 +42,7 @@ IDLE_S = 30.0  # without a step; then the speed is measured anew
 IDLE_LOOK_S = 5.0
 IDLE_STEPS = 3
 DRAIN_LOOK_S = 0.1
+NOTICE_TIMEOUT_S = 2.0  # for clients to be told that this peer drains
 HANDED_OVER_S = 3.0  # a session without a step for so long has gone on elsewhere, or will when it needs to
 HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
 MAX_STREAMS = 1024
@@ -58,16 +60,15 @@ class Served:
     legal_cuts: tuple[int, ...]
 
 
-def holding_up(last_used_s: Iterable[float], now_s: float, *, computing: bool) -> int:
-    """How many sessions a peer that leaves has to wait for: those with a step a moment ago, or perhaps under way.
+def holding_up(sessions: Iterable[tuple[float, bool]], now_s: float) -> int:
+    """How many sessions a peer that leaves has to wait for: those with a step under way, or a moment ago.
 
     A session that only rests (its user reads, or thinks) is not waited for: it goes on elsewhere when it goes on.
 
     Args:
-        last_used_s: when each session last had a step.
-        computing: are steps waiting or being computed? Whose they are is not asked.
+        sessions: of each, when it last had a step, and whether one waits, is computed or handed on.
     """
-    return sum(1 for used_s in last_used_s if computing or now_s - used_s < HANDED_OVER_S)
+    return sum(1 for used_s, is_busy in sessions if is_busy or now_s - used_s < HANDED_OVER_S)
 
 
 class SpanHost:
@@ -83,10 +84,15 @@ class SpanHost:
         self.port = 0
         self.meter = Meter(len(model.span))
         self.budget = KvBudget(kv_tokens, len(model.span))
+        self.messages = MessageBudget(config.message_mib << 20)
+        self.journals = JournalBudget(config.journal_mib << 20)
         self.sessions = SessionTable(
             model,
             served.fingerprint,
+            served.n_blocks,
             self.budget,
+            self.journals,
+            self.messages,
             codecs=frozenset(names()),
             max_sessions=config.max_sessions,
             idle_s=config.session_idle_s,
@@ -95,20 +101,25 @@ class SpanHost:
         self._config = config
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, self.sessions, config.max_step_tokens)
-        self.messages = MessageBudget(config.message_mib << 20)
-        self.service = PeerService(
-            self._describe, self.sessions, worker, self._compute, self.messages, self._max_payload_bytes()
-        )
+        self.service = PeerService(self._describe, self.sessions, worker, self._compute, self._max_payload_bytes())
         self._server: grpc.aio.Server | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, *, last_port: int = 0
+        cls,
+        model: SpanModel,
+        served: Served,
+        identity: Identity,
+        config: PeerConfig,
+        resolve: Resolve,
+        *,
+        last_port: int = 0,
     ) -> AsyncIterator[SpanHost]:
         """A host that listens at `config.host`:`config.port`; closes the port and ends the thread on exit.
 
         Args:
+            resolve: finds the records of the peers that come after this one in clients' chains.
             last_port: taken again if `config.port` leaves it open, and nobody else took it meanwhile.
 
         Raises:
@@ -118,23 +129,29 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, served, identity, config, kv_tokens)
         try:
-            await host._listen(last_port)
-            host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
-            async with (
-                background(host._sweep(), "session-sweeper"),
-                background(host._measure_when_idle(), "idle-measurement"),
-            ):
-                yield host
+            async with open_links(resolve, host.service.refused) as host.service.links:
+                await host._listen(last_port)
+                try:
+                    host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
+                    async with (
+                        background(host._sweep(), "session-sweeper"),
+                        background(host._measure_when_idle(), "idle-measurement"),
+                    ):
+                        yield host
+                finally:
+                    await host._stop()
         finally:
-            await host._stop()
             await asyncio.to_thread(host._compute.close)
 
-    def drain(self) -> None:
-        """From now on: no new sessions; those that there are go on elsewhere, if their clients can."""
+    async def drain(self) -> None:
+        """From now on: no new sessions; clients are told to find others."""
         self.state = "draining"
         self.sessions.draining = True
-        if (tell := getattr(self.service, "drain", None)) is not None:
-            tell()
+        try:
+            async with asyncio.timeout(NOTICE_TIMEOUT_S):
+                await self.service.drain()
+        except TimeoutError:
+            logger.info("not all clients could be told that this peer drains")
 
     def resume(self) -> None:
         """Takes new sessions, again."""
@@ -151,8 +168,7 @@ class SpanHost:
     @property
     def holding_up(self) -> int:
         """How many sessions a leaving peer has to wait for now."""
-        used_s = [session.last_used_s for session in self.sessions._sessions.values()]
-        return holding_up(used_s, time.monotonic(), computing=self._compute.queued > 0)
+        return holding_up(((s.last_used_s, _is_busy(s)) for s in self.sessions), time.monotonic())
 
     async def _listen(self, last_port: int) -> None:
         self._server = grpc.aio.server(
@@ -227,6 +243,11 @@ class SpanHost:
             state=self.state,
             max_step_tokens=self._config.max_step_tokens,
         )
+
+
+def _is_busy(session: Session) -> bool:
+    under_way = (session.running, session.handing_on)
+    return not session.arrivals.empty() or any(work is not None and not work.done() for work in under_way)
 
 
 def probe_kv_bytes(model: SpanModel) -> int:

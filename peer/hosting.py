@@ -10,25 +10,31 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from dht.announcer import Announcer
 from peer import memory
-from peer.arrival import Arrival
 from peer.balance import Balance
 from peer.claim import PAUSE_S
-from peer.config import PeerConfig
+from peer.first_span import FirstSpan
 from peer.host import SpanHost
 from peer.loading import SpanLoader
 from peer.standing import Standing
 from protocol.errors import PotluckError
-from protocol.identity import Identity
 from protocol.span import Span
 from slicing import SpanModel, block_digests
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 30.0  # between attempts to load anything, when neither the new blocks nor the old ones can be
+
+
+class OpenHost(Protocol):
+    """`SpanHost.open` for one peer."""
+
+    def __call__(self, model: SpanModel, *, last_port: int) -> AbstractAsyncContextManager[SpanHost]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,9 @@ class Hosting:
     """Serves a span, and others after it.
 
     Args:
-        arrival: chooses and loads the first span.
+        first: chooses and loads the first span.
+        open_host: makes what serves a span, at the port of the last one where there is a choice.
+        drain_s: so long sessions get to go on elsewhere before a move.
         balance: says when to move; not asked if the user named the blocks.
         say: told, in one sentence each, of moves.
 
@@ -56,10 +64,10 @@ class Hosting:
         standing: Standing,
         announcer: Announcer,
         loader: SpanLoader,
-        arrival: Arrival,
+        first: FirstSpan,
         balance: Balance,
-        identity: Identity,
-        config: PeerConfig,
+        open_host: OpenHost,
+        drain_s: float,
         rng: random.Random,
         say: Callable[[str], None],
     ) -> None:
@@ -67,10 +75,10 @@ class Hosting:
         self._standing = standing
         self._announcer = announcer
         self._loader = loader
-        self._arrival = arrival
+        self._first = first
         self._balance = balance
-        self._identity = identity
-        self._config = config
+        self._open_host = open_host
+        self._drain_s = drain_s
         self._rng = rng
         self._say = say
         self._port = 0
@@ -83,7 +91,7 @@ class Hosting:
         Raises:
             UserError: no span could be loaded to begin with; or the port cannot be had.
         """
-        self._model = await self._arrival.load(self._standing, self._announcer)
+        self._model = await self._first.load(self._standing, self._announcer)
         self._say(str(self._model.report))
         while True:
             before = self._standing.span
@@ -99,18 +107,17 @@ class Hosting:
         model = self._model
         assert model is not None
         self._digests = await asyncio.to_thread(block_digests, model, self._digests)
-        host = SpanHost.open(model, self._loader.served, self._identity, self._config, last_port=self._port)
-        async with host as serving:
+        async with self._open_host(model, last_port=self._port) as serving:
             self._port = serving.port
             self._standing.serve(serving, self._digests)
-            await self._announcer.announce()
+            await self._resume(serving)
             self.ready.set()
-            if self._arrival.num_blocks is None:
+            if self._first.num_blocks is None:
                 await asyncio.Event().wait()  # pinned
             return await self._next_move(self._balance, serving)
 
     async def _next_move(self, balance: Balance, host: SpanHost) -> _Move:
-        num_blocks = self._arrival.num_blocks
+        num_blocks = self._first.num_blocks
         assert num_blocks is not None
         balance.arrived()
         while True:
@@ -121,8 +128,9 @@ class Hosting:
             if await balance.still_due(target):
                 logger.info("blocks %s need this peer more than %s; draining", target, host.model.span)
                 self._standing.drain()
+                await host.drain()
                 await self._announcer.announce()
-                await host.drained(self._config.drain_s)
+                await host.drained(self._drain_s)
                 # The swarm may have become another meanwhile.
                 if await balance.still_due(target):
                     move = await self._prepared(host.model, target)
@@ -130,7 +138,15 @@ class Hosting:
                         return move
                     balance.rest()
             self._standing.resume()
-            await self._announcer.announce()
+            await self._resume(host)
+
+    async def _resume(self, host: SpanHost) -> None:
+        """The host takes sessions, unless this peer is leaving; the swarm is told."""
+        if self._standing.leaving:
+            await host.drain()
+        else:
+            host.resume()
+        await self._announcer.announce()
 
     async def _prepared(self, model: SpanModel, target: Span) -> _Move | None:
         """The move with its model, loaded beside the old one if there is room; None: it cannot be loaded."""

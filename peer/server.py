@@ -20,11 +20,12 @@ from dht.node import SwarmNode, open_node
 from dht.presence import findable
 from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmReader, reading
-from peer.arrival import Arrival
 from peer.balance import Balance
 from peer.config import PeerConfig
+from peer.first_span import FirstSpan
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
+from peer.links import Resolve
 from peer.loading import SpanLoader
 from peer.placement import MovePolicy
 from peer.standing import Standing
@@ -60,8 +61,10 @@ class Peer:
         """Takes no new sessions from now on, tells the swarm, and waits until those that there are have gone on
         elsewhere, `drain_s` at most. What remains is done when the peer is closed."""
         self.standing.leave()
-        await self.announcer.announce()
         host = self.standing.host
+        if host is not None:
+            await host.drain()
+        await self.announcer.announce()
         if host is None or not host.holding_up:
             return
         say(f"{_sessions(host.holding_up)} being handed over, {drain_s:g} s at most; once more to leave at once")
@@ -100,15 +103,29 @@ async def open_peer(
         source, served = await _choose_model(config, reader)
         reader.watch(served.fingerprint)
         loader = await asyncio.to_thread(SpanLoader.choose, config, source, served, progress)
-        arrival = Arrival(config, loader, reader, identity.peer_id, rng, say)
-        standing = Standing(identity, served, await arrival.choose(), config, partial(_hosts, config, node))
+        first = FirstSpan(config, loader, reader, identity.peer_id, rng, say)
+        standing = Standing(identity, served, await first.choose(), config, partial(_hosts, config, node))
         announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
         await stack.enter_async_context(findable(node, dht_config, "peer"))
         balance = Balance(standing, served, reader, _policy(config), rng)
-        hosting = Hosting(standing, announcer, loader, arrival, balance, identity, config, rng, say)
+        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=_resolver(reader))
+        hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
         await stack.enter_async_context(background(hosting.run(), "hosting"))
         await hosting.ready.wait()
         yield Peer(node, announcer, standing, found)
+
+
+def _resolver(reader: SwarmReader) -> Resolve:
+    """Finds a peer's record in the view; looks again in the swarm if it is not there."""
+
+    async def resolve(peer_id: str) -> PeerRecord | None:
+        try:
+            return reader.view.peer(peer_id) or (await reader.refresh()).peer(peer_id)
+        except SwarmNotFound as error:
+            logger.warning("%s", error)
+            return None
+
+    return resolve
 
 
 async def _locate(config: DhtConfig) -> Located | None:

@@ -94,11 +94,6 @@ class Standing:
 
     def _set(self, state: State) -> None:
         self.state = "draining" if self.leaving else state
-        if self.host is not None:
-            if self.state == "online":
-                self.host.resume()
-            else:
-                self.host.drain()
 
     def record(self) -> PeerRecord:
         """The present record; cheap."""

@@ -21,6 +21,7 @@ from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, r
 from tensor_codecs import names
 
 _identities: list[Identity] = []
+_hosts: dict[str, SpanHost] = {}  # that are open, by peer id
 
 
 def identity(index: int) -> Identity:
@@ -43,9 +44,19 @@ async def open_host(
     """One peer's serving half on loopback."""
     model = load_span(resolve(str(folder)), span, dtype=dtype)
     options: dict[str, object] = {"host": "127.0.0.1", "kv_tokens": 4096, "lan": False} | settings
-    async with SpanHost.open(model, served(folder), identity(index), PeerConfig(**options)) as host:  # type: ignore[arg-type]
+    config = PeerConfig(**options)  # type: ignore[arg-type]
+    async with SpanHost.open(model, served(folder), identity(index), config, find_host) as host:
         host.state = "online"
-        yield host
+        _hosts[host.identity.peer_id] = host
+        try:
+            yield host
+        finally:
+            del _hosts[host.identity.peer_id]
+
+
+async def find_host(peer_id: str) -> PeerRecord | None:
+    """What hosts know of each other."""
+    return record_of(_hosts[peer_id]) if peer_id in _hosts else None
 
 
 def record_of(host: SpanHost) -> PeerRecord:

@@ -151,7 +151,7 @@ def test_all_moves_that_may_be_made_at_once_lose_no_block(records: list[PeerReco
 
 def test_a_session_holds_up_a_leaver_while_it_steps() -> None:
     now_s = 100.0
-    used_s = [now_s, now_s - HANDED_OVER_S / 2, now_s - HANDED_OVER_S, 0.0]
-    assert holding_up(used_s, now_s, computing=False) == 2
-    assert holding_up(used_s, now_s, computing=True) == 4, "a long step may be any one's"
-    assert holding_up([], now_s, computing=True) == 0
+    assert holding_up([(now_s, False), (now_s - HANDED_OVER_S / 2, False)], now_s) == 2
+    assert holding_up([(now_s - HANDED_OVER_S, False), (0.0, False)], now_s) == 0, "they only rest"
+    assert holding_up([(0.0, True)], now_s) == 1, "a long prefill is under way"
+    assert holding_up([], now_s) == 0

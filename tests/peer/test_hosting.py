@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,10 @@ from dht.announcer import announcing
 from dht.background import background
 from dht.config import DhtConfig
 from dht.record import PeerRecord
-from peer.arrival import Arrival
 from peer.balance import Balance
 from peer.config import PeerConfig
+from peer.first_span import FirstSpan
+from peer.host import SpanHost
 from peer.hosting import Hosting
 from peer.loading import SpanLoader
 from peer.standing import Standing
@@ -28,7 +30,7 @@ from protocol.errors import BrokenCheckpoint
 from protocol.span import Span
 from slicing import SpanModel, load_span, resolve
 from tests.dht.support import FakeNode
-from tests.harness import identity, served
+from tests.harness import find_host, identity, served
 
 PATIENCE_S = 30.0
 N_BLOCKS = 6
@@ -67,8 +69,8 @@ class Script:
 
 
 @dataclass
-class FirstSpan:
-    """An `Arrival` that has chosen."""
+class Chosen:
+    """A `FirstSpan` that has chosen."""
 
     loader: SpanLoader
     num_blocks: int | None = 3
@@ -124,9 +126,10 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[Host]:
     balance = Script()
     async with announcing(cast(Any, node), standing.record) as announcer:
         said: list[str] = []
+        open_host = partial(SpanHost.open, served=loader.served, identity=identity(0), config=config, resolve=find_host)
         hosting = Hosting(
-            standing, announcer, loader, cast(Arrival, FirstSpan(loader)), cast(Balance, balance), identity(0), config,
-            random.Random(1), said.append,
+            standing, announcer, loader, cast(FirstSpan, Chosen(loader)), cast(Balance, balance),
+            open_host, config.drain_s, random.Random(1), said.append,
         )  # fmt: skip
         async with background(hosting.run(), "hosting"):
             await hosting.ready.wait()

@@ -24,7 +24,7 @@ UNKNOWN_BLOCKS_PER_S = 1000.0
 """What a peer is taken to compute as long as nobody has measured anything. Among equals any number would do."""
 
 
-class Arrival:
+class FirstSpan:
     """The first span of a peer.
 
     Args:
