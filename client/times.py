@@ -6,22 +6,19 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from protocol.mean import smoothed
+
 FORGET_S = 300.0  # a round trip, or a peer's samples, not renewed for so long
 LIVE_S = 60.0  # step times, queues and free KV are news for so long; then the peer's record is newer
 SAMPLES = 64  # of each kind, per peer
-SMOOTHING = 0.3  # weight of a new measurement
 PERCENTILE = 0.95
-
-
-def smoothed(before: float | None, measured: float) -> float:
-    """The running mean after one more measurement."""
-    return measured if before is None else before + SMOOTHING * (measured - before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,36 @@ class _Watched:
     decode: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     prefill: deque[Sample] = field(default_factory=lambda: deque(maxlen=SAMPLES))
 
-    def at(self, now_s: float) -> PeerTimes:
+    def add_rtt(self, rtt_ms: float, now_s: float) -> None:
+        self.rtt_ms = smoothed(self.rtt_at(now_s), rtt_ms)
+        self.rtt_at_s = now_s
+
+    def add_step(self, tokens: int, sample: Sample, kv_tokens_left: int, now_s: float) -> None:
+        if now_s - self.noted_at_s > LIVE_S:
+            self.block_ms = self.token_ms = self.queue_ms = None
+        if now_s - self.noted_at_s > FORGET_S:
+            self.decode.clear()
+            self.prefill.clear()
+        self.noted_at_s = now_s
+        if tokens == 1:
+            self.block_ms = smoothed(self.block_ms, sample.compute_ms)
+            self.decode.append(sample)
+        else:
+            self.token_ms = smoothed(self.token_ms, sample.compute_ms)
+            self.prefill.append(sample)
+        self.queue_ms = smoothed(self.queue_ms, sample.queue_ms)
+        self.kv_tokens_left = kv_tokens_left
+
+    def is_forgotten(self, now_s: float) -> bool:
+        return now_s - max(self.rtt_at_s, self.noted_at_s) > FORGET_S
+
+    def rtt_at(self, now_s: float) -> float | None:
+        return self.rtt_ms if now_s - self.rtt_at_s <= FORGET_S else None
+
+    def at(self, now_s: float) -> PeerTimes | None:
+        """What its steps have shown that is not forgotten; what is no longer live is left out."""
+        if now_s - self.noted_at_s > FORGET_S:
+            return None
         decode, prefill = tuple(self.decode), tuple(self.prefill)
         if now_s - self.noted_at_s > LIVE_S:
             return PeerTimes(decode=decode, prefill=prefill)
@@ -118,7 +144,7 @@ class _Watched:
 
 
 class Stopwatch:
-    """Collects measurements; forgets a peer of which it has heard nothing for `FORGET_S`.
+    """Collects measurements; forgets a peer of which it has heard nothing for `FORGET_S`. For any thread.
 
     Args:
         clock: seconds, monotonic.
@@ -127,56 +153,35 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._by_peer: dict[str, _Watched] = {}
+        self._lock = threading.Lock()
 
     def note_rtt(self, peer_id: str, rtt_ms: float) -> None:
         """A round trip to the peer took so long."""
-        watched, now_s = self._watched(peer_id), self._clock()
-        fresh = now_s - watched.rtt_at_s <= FORGET_S
-        watched.rtt_ms = smoothed(watched.rtt_ms if fresh else None, rtt_ms)
-        watched.rtt_at_s = now_s
+        now_s = self._clock()
+        with self._lock:
+            self._by_peer.setdefault(peer_id, _Watched()).add_rtt(rtt_ms, now_s)
 
     def note(
         self, peer_id: str, blocks: int, tokens: int, compute_ms: float, queue_ms: float, kv_tokens_left: int
     ) -> None:
         """A peer's reply: a step of `tokens` per row through so many of its blocks, and what it said of it."""
-        watched, now_s = self._watched(peer_id), self._clock()
-        if now_s - watched.noted_at_s > LIVE_S:
-            watched.block_ms = watched.token_ms = watched.queue_ms = None
-        if now_s - watched.noted_at_s > FORGET_S:
-            watched.decode.clear()
-            watched.prefill.clear()
-        watched.noted_at_s = now_s
+        now_s = self._clock()
         sample = Sample(queue_ms, compute_ms / (blocks * tokens))
-        if tokens == 1:
-            watched.block_ms = smoothed(watched.block_ms, sample.compute_ms)
-            watched.decode.append(sample)
-        else:
-            watched.token_ms = smoothed(watched.token_ms, sample.compute_ms)
-            watched.prefill.append(sample)
-        watched.queue_ms = smoothed(watched.queue_ms, queue_ms)
-        watched.kv_tokens_left = kv_tokens_left
+        with self._lock:
+            self._by_peer.setdefault(peer_id, _Watched()).add_step(tokens, sample, kv_tokens_left, now_s)
 
     def rtt_age_s(self, peer_id: str) -> float:
         """Seconds since the last round trip to the peer was measured; infinite if there was none."""
-        watched = self._by_peer.get(peer_id)
-        return math.inf if watched is None else self._clock() - watched.rtt_at_s
+        now_s = self._clock()
+        with self._lock:
+            watched = self._by_peer.get(peer_id)
+            return math.inf if watched is None else now_s - watched.rtt_at_s
 
     def snapshot(self) -> Times:
         """What is known now."""
         now_s = self._clock()
-        self._by_peer = {
-            peer_id: watched
-            for peer_id, watched in self._by_peer.items()
-            if now_s - max(watched.rtt_at_s, watched.noted_at_s) <= FORGET_S
-        }
-        rtts_ms: dict[str, float] = {}
-        by_peer: dict[str, PeerTimes] = {}
-        for peer_id, watched in self._by_peer.items():
-            if watched.rtt_ms is not None and now_s - watched.rtt_at_s <= FORGET_S:
-                rtts_ms[peer_id] = watched.rtt_ms
-            if now_s - watched.noted_at_s <= FORGET_S:
-                by_peer[peer_id] = watched.at(now_s)
+        with self._lock:
+            self._by_peer = {p: watched for p, watched in self._by_peer.items() if not watched.is_forgotten(now_s)}
+            rtts_ms = {p: ms for p, watched in self._by_peer.items() if (ms := watched.rtt_at(now_s)) is not None}
+            by_peer = {p: known for p, watched in self._by_peer.items() if (known := watched.at(now_s)) is not None}
         return Times(MappingProxyType(rtts_ms), MappingProxyType(by_peer))
-
-    def _watched(self, peer_id: str) -> _Watched:
-        return self._by_peer.setdefault(peer_id, _Watched())
