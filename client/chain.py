@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,7 @@ def choose_chain(
     cuts: Collection[int] | None = None,
     kv_tokens: int = 0,
     tokens: int = 1,
+    busy_ms: Mapping[str, float] | None = None,
     rng: random.Random | None = None,
 ) -> tuple[Link, ...]:
     """Links that cover `wanted` in order, expected to be the fastest for one step: see `client.costs`.
@@ -72,6 +73,7 @@ def choose_chain(
             allowed.
         kv_tokens: rows x tokens that the session will hold; a peer with less room counts as one of `avoid`.
         tokens: rows x tokens of the steps to come; 1: decode steps.
+        busy_ms: what the caller will ask of peers at the same time, beside their queues.
 
     Raises:
         BlocksMissing: some blocks of `wanted` have no online peer, or none that the rules allow.
@@ -93,6 +95,7 @@ def choose_chain(
         published=published,
         kv_tokens=kv_tokens,
         tokens=tokens,
+        busy_ms=busy_ms or {},
         rng=rng or random.Random(),
     )
     edges = {edge for _, part in usable for edge in (part.start, part.stop)} if cuts is None else set(cuts)

@@ -7,7 +7,7 @@ time per block for each block that the chain uses; and in the end the way back.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -73,6 +73,7 @@ def estimate(
     published: Iterable[PeerRecord],
     kv_tokens: int,
     tokens: int,
+    busy_ms: Mapping[str, float],
     rng: random.Random,
 ) -> Costs:
     """The costs of peers, each with the part of its span that can be used.
@@ -80,13 +81,14 @@ def estimate(
     Args:
         published: records to read round-trip times off, of the neighbours of a lost part too.
         tokens: rows x tokens of the step; 1: a decode step.
+        busy_ms: what peers will be busy with beside their queues.
     """
     peers = [peer for peer, _ in usable]
     resorts_ms = LAST_RESORT_MS * np.array([_resorts(peer, times, avoid, kv_tokens) for peer in peers])
     weight = np.array([_weight(peer, times) * (1.0 + CHANCE * rng.random()) for peer in peers])
-    enter_ms = HOP_MS + np.array([_queue_ms(peer, times) for peer in peers])
+    enter_ms = HOP_MS + np.array([_queue_ms(peer, times) + busy_ms.get(peer.peer_id, 0.0) for peer in peers])
     block_ms = np.full((len(peers), len(wanted)), np.inf)
-    for row, (_, span), ms in zip(block_ms, usable, _block_ms(peers, times, tokens), strict=True):
+    for row, (_, span), ms in zip(block_ms, usable, block_times_ms(peers, times, tokens), strict=True):
         row[span.start - wanted.start : span.stop - wanted.start] = ms
     block_ms *= weight[:, None]
     preferred = np.array([rules.prefers(peer) for peer in peers]) & (resorts_ms == 0)
@@ -130,8 +132,8 @@ def _queue_ms(peer: PeerRecord, times: Times) -> float:
     return (peer.queue_ms or 0.0) if live is None else live
 
 
-def _block_ms(peers: Sequence[PeerRecord], times: Times, tokens: int) -> list[float]:
-    """Each peer's time for one block; one that nobody knows is as fast as the others, in the median."""
+def block_times_ms(peers: Sequence[PeerRecord], times: Times, tokens: int) -> list[float]:
+    """Each peer's time for one block and all the tokens; where nobody knows it, as the others' in the median."""
     known = [_known_block_ms(peer, times, tokens) for peer in peers]
     measured = [ms for ms in known if ms is not None]
     prior_ms = median(measured) if measured else PRIOR_BLOCK_MS * tokens

@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -230,15 +230,33 @@ class Swarm:
 
 
 class ModelPeers:
-    """One model's peers in a swarm; what a session needs."""
+    """One model's peers in a swarm; what a session needs.
 
-    def __init__(self, swarm: Swarm, fingerprint: str) -> None:
+    Args:
+        planned: ids of peers that a plan chose: the only ones to be seen, as long as all are there and none has failed.
+    """
+
+    def __init__(self, swarm: Swarm, fingerprint: str, planned: Collection[str] = ()) -> None:
         self._swarm = swarm
         self._fingerprint = fingerprint
+        self._planned = frozenset(planned)
 
     def peers(self) -> Sequence[PeerRecord]:
         online = self._swarm.view.online(self._fingerprint)
-        return [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
+        able = [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
+        if not self._planned or self._planned & self._swarm.blame.avoided():
+            return able
+        planned = [peer for peer in able if peer.peer_id in self._planned]
+        return planned if len(planned) == len(self._planned) else able
+
+    def cuts(self) -> tuple[int, ...] | None:
+        """The blocks before which the model may be cut; None: its peers do not say, or anywhere."""
+        model = self._swarm.view.model(self._fingerprint)
+        return (model.cuts or None) if model is not None else None
+
+    def planned(self, peer_ids: Collection[str]) -> ModelPeers:
+        """The same, seen as a plan chose."""
+        return ModelPeers(self._swarm, self._fingerprint, peer_ids)
 
     @property
     def stopwatch(self) -> Stopwatch:

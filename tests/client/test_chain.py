@@ -253,7 +253,7 @@ def test_a_lost_part_is_replaced_by_peers_near_its_neighbours() -> None:
     known[0] = replace(known[0], rtts_ms=(("peer-1", 100.0), ("peer-2", 4.0)))
     known[3] = replace(known[3], rtts_ms=(("peer-1", 100.0), ("peer-2", 4.0)))
     times = Times({"peer-0": 50.0, "peer-1": 20.0, "peer-2": 60.0, "peer-3": 50.0})
-    lost = {"wanted": Span(4, 8), "times": times, "rng": NoChance()}
+    lost: dict[str, Any] = {"wanted": Span(4, 8), "times": times, "rng": NoChance()}
     assert ids(choose_chain(known, **lost, previous="peer-0", following="peer-3")) == ["peer-2"]
     assert ids(choose_chain(known, **lost)) == ["peer-1"], "as near the client as can be, where it stands alone"
     # 50 + 2 ms in and out for peer-2, 10 + 50 ms for peer-1
