@@ -1,0 +1,172 @@
+"""The life of a span on this peer: it is opened, announced, served; and given up for another one, where a move pays.
+
+One task runs all of it, so that a host is closed by whoever opened it. While a span moves, the identity, the node of
+the DHT and the announcements go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dht.announcer import Announcer
+from peer import memory
+from peer.arrival import Arrival
+from peer.balance import Balance
+from peer.claim import PAUSE_S
+from peer.config import PeerConfig
+from peer.host import SpanHost
+from peer.links import Resolve
+from peer.loading import SpanLoader
+from peer.standing import Standing
+from protocol.errors import PotluckError
+from protocol.identity import Identity
+from protocol.span import Span
+from slicing import SpanModel, block_digests
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 30.0  # between attempts to load anything, when neither the new blocks nor the old ones can be
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A move for which the host may be closed. `model`: what is served next, if there was room to load it before."""
+
+    target: Span
+    model: SpanModel | None
+
+
+class Hosting:
+    """Serves a span, and others after it.
+
+    Args:
+        arrival: chooses and loads the first span.
+        balance: says when to move; not asked if the user named the blocks.
+        resolve: finds the records of the peers to which steps are pushed.
+        say: told, in one sentence each, of moves.
+
+    Attributes:
+        ready: set once the first span is served and announced.
+    """
+
+    def __init__(
+        self,
+        standing: Standing,
+        announcer: Announcer,
+        loader: SpanLoader,
+        arrival: Arrival,
+        balance: Balance,
+        identity: Identity,
+        config: PeerConfig,
+        resolve: Resolve,
+        rng: random.Random,
+        say: Callable[[str], None],
+    ) -> None:
+        self.ready = asyncio.Event()
+        self._standing = standing
+        self._announcer = announcer
+        self._loader = loader
+        self._arrival = arrival
+        self._balance = balance
+        self._identity = identity
+        self._config = config
+        self._resolve = resolve
+        self._rng = rng
+        self._say = say
+        self._port = 0
+        self._digests: dict[int, str] = {}
+        self._model: SpanModel | None = None  # held here alone, so that moving can let go of it
+
+    async def run(self) -> None:
+        """Serves the first span, then whatever a move brings, for ever.
+
+        Raises:
+            UserError: no span could be loaded to begin with; or the port cannot be had.
+        """
+        self._model = await self._arrival.load(self._standing, self._announcer)
+        self._say(str(self._model.report))
+        while True:
+            before = self._standing.span
+            move = await self._serve()
+            self._model = move.model or await self._load_alone(move.target)
+            del move
+            self._standing.closed()
+            await asyncio.to_thread(memory.give_back_weights)
+            self._say(f"moved from blocks {before} to {self._model.span}: {self._model.report}")
+
+    async def _serve(self) -> _Move:
+        """Serves until there is a move, for which everything is ready."""
+        model = self._model
+        assert model is not None
+        self._digests = await asyncio.to_thread(block_digests, model, self._digests)
+        host = SpanHost.open(
+            model, self._loader.served, self._identity, self._config, self._resolve, last_port=self._port
+        )
+        async with host as serving:
+            self._port = serving.port
+            self._standing.serve(serving, self._digests)
+            await self._announcer.announce()
+            self.ready.set()
+            if self._arrival.num_blocks is None:
+                await asyncio.Event().wait()  # pinned
+            return await self._next_move(self._balance, serving)
+
+    async def _next_move(self, balance: Balance, host: SpanHost) -> _Move:
+        num_blocks = self._arrival.num_blocks
+        assert num_blocks is not None
+        balance.arrived()
+        while True:
+            target = await balance.due(num_blocks)
+            self._standing.moving_to = target
+            await self._announcer.announce()
+            await asyncio.sleep(self._rng.uniform(*PAUSE_S))  # for the claims of others to arrive
+            if await balance.still_due(target):
+                logger.info("blocks %s need this peer more than %s; draining", target, host.model.span)
+                self._standing.drain()
+                await self._announcer.announce()
+                await host.drained(self._config.drain_s)
+                # The swarm may have become another meanwhile.
+                if await balance.still_due(target):
+                    move = await self._prepared(host.model, target)
+                    if move is not None:
+                        return move
+                    balance.rest()
+            self._standing.resume()
+            await self._announcer.announce()
+
+    async def _prepared(self, model: SpanModel, target: Span) -> _Move | None:
+        """The move with its model, loaded beside the old one if there is room; None: it cannot be loaded."""
+        if not await asyncio.to_thread(self._loader.fits_beside, target, model.span):
+            return _Move(target, None)
+        try:
+            return _Move(target, await self._loader.load(target, model))
+        except (MemoryError, PotluckError, OSError) as error:
+            self._say(f"blocks {target} could not be loaded, {model.span} are served on: {error}")
+        await asyncio.to_thread(memory.give_back_weights)
+        return None
+
+    async def _load_alone(self, target: Span) -> SpanModel:
+        """The blocks `target`, where they and the old ones do not fit into memory together; should that fail, the old
+        ones, or the part of both that is still there."""
+        old, self._model = self._model, None
+        assert old is not None
+        before, kept = old.span, old.span.overlap(target)
+        self._standing.claim(target)
+        await self._announcer.announce()
+        rest = None if kept is None else await self._loader.load(kept, old)
+        self._digests = {} if rest is None else {block: self._digests[block] for block in rest.blocks}
+        del old
+        while True:
+            for span in (target, before):
+                await asyncio.to_thread(memory.give_back_weights)
+                try:
+                    return await self._loader.load(span, rest)
+                except (MemoryError, PotluckError, OSError) as error:
+                    self._say(f"blocks {span} could not be loaded: {error}")
+            if rest is not None:
+                return rest
+            await asyncio.sleep(RETRY_S)
