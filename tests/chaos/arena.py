@@ -29,7 +29,7 @@ from tests.proxy import BLACK_HOLE, PASS, SLOW, SLOW_LORIS, Proxies, Proxy, prox
 
 REPLICAS = 2
 LEAVE_S = 30.0  # for a peer to leave after SIGTERM
-PREFILL_TOKENS = 16  # so that a prompt travels in some chunks
+PREFILL_TOKENS = 32  # so that a prompt travels in some chunks
 
 CLIENT: Mapping[str, Any] = {"step_timeout_s": 1.0, "open_timeout_s": 1.0, "wait_s": 2 * START_S}
 """How the client is set, but for the codec."""
@@ -133,10 +133,8 @@ class Arena:
             case "slow loris":
                 place.proxy.set(SLOW_LORIS)
 
-    def heal(self, *, kill_frozen: bool = False) -> list[str]:
-        """All links pass, all frozen peers go on or die, and who is dead or leaves has a successor in its place.
-
-        Returns when the client sees all of them.
+    def mend(self, *, kill_frozen: bool = False) -> list[str]:
+        """All links pass, all frozen peers go on or die, and who has to end has ended.
 
         Returns:
             what went wrong with peers, other than what was done to them.
@@ -147,18 +145,24 @@ class Arena:
                 place.end(signal.SIGKILL)
             place.wake()
             place.proxy.set(PASS)
-        for place in [place for place in self.places if place.ending or not place.process.is_alive]:
-            ending, code = place.ending, place.process.wait(LEAVE_S)
-            if ending is None or (ending is signal.SIGTERM and code != 0):
+        for place in self.places:
+            if place.process.is_alive and place.ending is None:
+                continue
+            code = place.process.wait(LEAVE_S)
+            if place.ending is None or (place.ending is signal.SIGTERM and code != 0):
                 complaints.append(f"the peer of {place.third} ended with {code}: {place.process.stderr[-2000:]}")
             self.swarm.peers.remove(place.process)
-            place.proxy.upstream_port = _free_port()
-            place.process, place.ending = self._start(place.third, place.proxy, place.proxy.upstream_port), None
+        return complaints
+
+    def settle(self) -> None:
+        """In the place of each peer that has ended comes another. Returns when the client sees all."""
+        for place in self.places:
+            if not place.process.is_alive:
+                place.proxy.upstream_port = _free_port()
+                place.process, place.ending = self._start(place.third, place.proxy, place.proxy.upstream_port), None
         for place in self.places:
             place.process.ready()
         self.until_seen()
-        self.events.clear()
-        return complaints
 
     def until_seen(self) -> None:
         """Until the client sees exactly the peers that live, where they are."""

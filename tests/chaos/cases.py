@@ -1,4 +1,4 @@
-"""What the chaos suite asks, and what the answers must be: the embedded model's, in one process.
+"""What the chaos suite and the soak ask, and what the answers must be: the embedded model's, in one process.
 
 Only questions are asked whose answers do not hang on a hair: a replay rounds differently (law 1), and the 8-bit codec
 more so. So logits are disturbed at random, by more than rounding does, and a question counts if its answer stays.
@@ -7,7 +7,7 @@ more so. So logits are disturbed at random, by more than rounding does, and a qu
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ NEW_TOKENS = 32
 TURNS = 4  # the last one is the question
 TASKS = ("copying", "spelling", "sorting")  # of long answers
 
-CODECS = {"none": 0.01, "int8": 0.1}
+CODECS = ("none", "int8")
+NOISE = 0.1
 """By how much logits may be off (at most, either way), so that the answer must still be the same."""
 DISTURBED = 3  # answers with logits disturbed, all the same
 
@@ -48,15 +49,19 @@ class Case:
     """
 
     mode: str
-    codec: str
     seed: int
     ids: Tensor
     mask: Tensor
     expected: Tensor = field(repr=False)
 
-    @property
-    def name(self) -> str:
-        return f"{self.mode}, {self.codec}"
+    def to_json(self) -> dict[str, Any]:
+        tensors = {"ids": self.ids, "mask": self.mask, "expected": self.expected}
+        return {"mode": self.mode, "seed": self.seed} | {name: tensor.tolist() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Case:
+        tensors = {name: torch.tensor(content[name]) for name in ("ids", "mask", "expected")}
+        return cls(content["mode"], content["seed"], **tensors)
 
 
 class Examiner:
@@ -67,10 +72,9 @@ class Examiner:
         answers_at_length(self._model)
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(resolve(MODEL))
 
-    def draw(self, rng: random.Random, mode: str, codec: str) -> Case:
+    def draw(self, rng: random.Random, mode: str) -> Case:
         """A question whose answer is sure."""
         while True:
-            seed = rng.randrange(2**32)
             rows = 2 if mode == "two rows" else 1
             encoded: Any = self._tokenizer.apply_chat_template(
                 [conversation(rng) for _ in range(rows)],
@@ -79,12 +83,11 @@ class Examiner:
                 return_tensors="pt",
                 return_dict=True,
             )
-            ids, mask = encoded["input_ids"], encoded["attention_mask"]
-            case = Case(mode, codec, seed, ids, mask, torch.empty(0))
-            answer = ask(self._model, case)
-            noises = [Noise(CODECS[codec], rng.randrange(2**32)) for _ in range(DISTURBED)]
-            if all(torch.equal(ask(self._model, case, noise), answer) for noise in noises):
-                return Case(mode, codec, seed, ids, mask, answer)
+            asked = Case(mode, rng.randrange(2**32), encoded["input_ids"], encoded["attention_mask"], torch.empty(0))
+            case = replace(asked, expected=ask(self._model, asked))
+            noises = [Noise(rng.randrange(2**32)) for _ in range(DISTURBED)]
+            if all(torch.equal(ask(self._model, case, noise), case.expected) for noise in noises):
+                return case
 
 
 def ask(model: Any, case: Case, *processors: LogitsProcessor) -> Tensor:
@@ -111,11 +114,10 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
 
 
 class Noise(LogitsProcessor):
-    """Adds up to `margin` to each logit, either way."""
+    """Adds up to `NOISE` to each logit, either way."""
 
-    def __init__(self, margin: float, seed: int) -> None:
-        self._margin = margin
+    def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores + (torch.rand(scores.shape, generator=self._generator) * 2 - 1) * self._margin
+        return scores + (torch.rand(scores.shape, generator=self._generator) * 2 - 1) * NOISE

@@ -24,6 +24,7 @@ class Run:
         extra_s: the answer's time less the median of undisturbed ones.
         pause_s: the longest pause, between the question, the tokens and the end.
         usual_pause_s: the same of undisturbed answers, their median.
+        settled_s: until the swarm was whole and the case known, before.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Run:
     extra_s: float
     pause_s: float
     usual_pause_s: float
+    settled_s: float
     reroutes: int
     events: tuple[str, ...] = ()
 
@@ -47,26 +49,22 @@ class Run:
 
 def table(runs: Sequence[Run]) -> str:
     """By kind of fault and moment."""
-    head = (
-        f"{'fault':<12} {'moment':<8} {'runs':>4} {'bad':>4} {'median extra s':>15} {'worst':>7} {'longest pause':>16}"
-    )
+    head = f"{'fault':<12} {'moment':<8} {'runs':>4} {'bad':>4} {'median s':>9} {'worst':>6} {'longest pause':>14}"
     lines = [head, "-" * len(head)]
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    for kind in sorted(kinds):
+    for kind in sorted({run.kind for run in runs}):
         of_kind = [run for run in runs if run.kind == kind]
-        moments = sorted({run.moment for run in of_kind})
-        lines += [_row(kind, "all", of_kind)] + [_row("", m, [r for r in of_kind if r.moment == m]) for m in moments]
-    lines.append(_row("all", "", runs))
-    return "\n".join(lines)
+        lines.append(_row(kind, "", of_kind))
+        for moment in sorted({run.moment for run in of_kind}):
+            lines.append(_row("", moment, [run for run in of_kind if run.moment == moment]))
+    return "\n".join([*lines, _row("all", "", runs)] if runs else lines)
 
 
 def _row(kind: str, moment: str, runs: Sequence[Run]) -> str:
     bad = sum(1 for run in runs if run.trouble)
-    extra = [run.extra_s for run in runs]
-    pause = max(run.pause_s for run in runs)
+    extra_s, pause_s = [run.extra_s for run in runs], [run.pause_s for run in runs]
     return (
-        f"{kind:<12} {moment:<8} {len(runs):>4} {bad:>4} {statistics.median(extra):>15.2f} {max(extra):>7.2f} "
-        f"{pause:>16.2f}"
+        f"{kind:<12} {moment:<8} {len(runs):>4} {bad:>4} {statistics.median(extra_s):>9.2f} {max(extra_s):>6.2f} "
+        f"{max(pause_s):>14.2f}"
     )
 
 
