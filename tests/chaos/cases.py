@@ -1,7 +1,9 @@
 """What the chaos suite and the soak ask, and what the answers must be: the embedded model's, in one process.
 
-Only questions are asked whose answers do not hang on a hair: a replay rounds differently (law 1), and the 8-bit codec
-more so. So logits are disturbed at random, by more than rounding does, and a question counts if its answer stays.
+Where hidden states would cross the wire they are encoded and decoded, as the swarm does it. Only questions are asked
+whose answers do not hang on a hair: a replay rounds differently (law 1), and a codec makes steps of what is a trifle.
+So hidden states and logits are disturbed at random, by more than rounding does, and a question counts if its answer
+stays the same.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from client.text import load_tokenizer
 from demo.world import questions
 from slicing import resolve
+from tensor_codecs import codec
 from tests.e2e.support import answers_at_length, unsplit
 
 MODEL = "potluck-demo"
@@ -26,9 +29,11 @@ TURNS = 4  # the last one is the question
 TASKS = ("copying", "spelling", "sorting")  # of long answers
 
 CODECS = ("none", "int8")
-NOISE = 0.1
-"""By how much logits may be off (at most, either way), so that the answer must still be the same."""
-DISTURBED = 3  # answers with logits disturbed, all the same
+CUTS = (0, 8, 16)
+"""The blocks before which hidden states cross the wire; they do so after the last one too."""
+HIDDEN_NOISE = 1e-4  # relative; a hundred times what rounding does in float32
+LOGITS_NOISE = 0.01
+DISTURBED = 3  # answers with noise, which must all be the same
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -49,6 +54,7 @@ class Case:
     """
 
     mode: str
+    codec: str
     seed: int
     ids: Tensor
     mask: Tensor
@@ -56,12 +62,17 @@ class Case:
 
     def to_json(self) -> dict[str, Any]:
         tensors = {"ids": self.ids, "mask": self.mask, "expected": self.expected}
-        return {"mode": self.mode, "seed": self.seed} | {name: tensor.tolist() for name, tensor in tensors.items()}
+        lists = {name: tensor.tolist() for name, tensor in tensors.items()}
+        return {"mode": self.mode, "codec": self.codec, "seed": self.seed} | lists
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Case:
         tensors = {name: torch.tensor(content[name]) for name in ("ids", "mask", "expected")}
-        return cls(content["mode"], content["seed"], **tensors)
+        return cls(content["mode"], content["codec"], content["seed"], **tensors)
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}, {self.codec}"
 
 
 class Examiner:
@@ -72,7 +83,7 @@ class Examiner:
         answers_at_length(self._model)
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(resolve(MODEL))
 
-    def draw(self, rng: random.Random, mode: str) -> Case:
+    def draw(self, rng: random.Random, mode: str, codec_name: str) -> Case:
         """A question whose answer is sure."""
         while True:
             rows = 2 if mode == "two rows" else 1
@@ -83,11 +94,30 @@ class Examiner:
                 return_tensors="pt",
                 return_dict=True,
             )
-            asked = Case(mode, rng.randrange(2**32), encoded["input_ids"], encoded["attention_mask"], torch.empty(0))
-            case = replace(asked, expected=ask(self._model, asked))
-            noises = [Noise(rng.randrange(2**32)) for _ in range(DISTURBED)]
-            if all(torch.equal(ask(self._model, case, noise), case.expected) for noise in noises):
+            ids, mask = encoded["input_ids"], encoded["attention_mask"]
+            asked = Case(mode, codec_name, rng.randrange(2**32), ids, mask, torch.empty(0))
+            case = replace(asked, expected=self._answer(asked, None))
+            if all(torch.equal(self._answer(case, rng.randrange(2**32)), case.expected) for _ in range(DISTURBED)):
                 return case
+
+    def _answer(self, case: Case, noise_seed: int | None) -> Tensor:
+        """With hidden states as the wire would give them. A seed: with noise on them, and on logits."""
+        noise = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
+        on_the_wire = codec(case.codec)
+
+        def cross(module: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *rest = args
+            if noise is not None:
+                hidden = hidden * (1 + HIDDEN_NOISE * uniform(hidden.shape, noise))
+            return (on_the_wire.decode(on_the_wire.encode(hidden), hidden.shape, hidden.dtype, hidden.device), *rest)
+
+        body = self._model.model
+        hooks = [module.register_forward_pre_hook(cross) for module in (*(body.layers[i] for i in CUTS), body.norm)]
+        try:
+            return ask(self._model, case, *([] if noise is None else [Noise(noise)]))
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def ask(model: Any, case: Case, *processors: LogitsProcessor) -> Tensor:
@@ -114,10 +144,15 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
 
 
 class Noise(LogitsProcessor):
-    """Adds up to `NOISE` to each logit, either way."""
+    """Adds up to `LOGITS_NOISE` to each logit, either way."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores + (torch.rand(scores.shape, generator=self._generator) * 2 - 1) * NOISE
+        return scores + LOGITS_NOISE * uniform(scores.shape, self._generator)
+
+
+def uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Between -1 and 1."""
+    return torch.rand(shape, generator=generator) * 2 - 1

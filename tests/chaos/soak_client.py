@@ -41,11 +41,11 @@ def main(cases_file: str, *join: str) -> None:
         for model in models.values():
             answers_at_length(model)
         while not stop.is_set():
-            codec = rng.choice(CODECS)
-            print(json.dumps(checked(models[codec], codec, rng.choice(cases))), flush=True)
+            case = rng.choice(cases)
+            print(json.dumps(checked(models[case.codec], case)), flush=True)
 
 
-def checked(model: SwarmModel, codec: str, case: Case) -> dict[str, Any]:
+def checked(model: SwarmModel, case: Case) -> dict[str, Any]:
     """One answer."""
     began_s = time.monotonic()
     trouble = ""
@@ -55,8 +55,7 @@ def checked(model: SwarmModel, codec: str, case: Case) -> dict[str, Any]:
     except PotluckError as error:
         trouble = f"{type(error).__name__}: {error}"
     seconds = time.monotonic() - began_s
-    asked = f"{case.mode}, {codec}"
-    return {"asked": asked, "trouble": trouble, "s": seconds, "reroutes": model.blocks.last_stats.reroutes}
+    return {"asked": case.name, "trouble": trouble, "s": seconds, "reroutes": model.blocks.last_stats.reroutes}
 
 
 if __name__ == "__main__":

@@ -101,25 +101,23 @@ class Chaos:
 
     arena: Arena
     examiner: Examiner = field(default_factory=Examiner)
-    cases: dict[str, Case] = field(default_factory=dict)
     calms: dict[tuple[str, str], Calm] = field(default_factory=dict)
 
     def calm(self, mode: str, codec: str) -> Calm:
         """A case, and what the calm swarm makes of it: the right answer, and times to compare with."""
-        if mode not in self.cases:
-            self.cases[mode] = self.examiner.draw(random.Random(f"{SEED} {mode}"), mode)
         if (mode, codec) not in self.calms:
-            self.calms[mode, codec] = self._measure(self.cases[mode], codec)
+            case = self.examiner.draw(random.Random(f"{SEED} {mode} {codec}"), mode, codec)
+            self.calms[mode, codec] = self._measure(case)
         return self.calms[mode, codec]
 
-    def _measure(self, case: Case, codec: str) -> Calm:
+    def _measure(self, case: Case) -> Calm:
         times, clock, sent = [], Clock(), {}
         for _ in range(CALM_ANSWERS):
             before = self._sent()
             clock = Clock(1, lambda before=before: sent.update(_more(before, self._sent())))
-            answer = clock.ask(self.arena.clients[codec], case)
+            answer = clock.ask(self.arena.clients[case.codec], case)
             times.append(clock.times_s())
-            assert torch.equal(answer, case.expected), f"{case.mode}, {codec}, CHAOS_SEED={SEED}: wrong in a calm swarm"
+            assert torch.equal(answer, case.expected), f"CHAOS_SEED={SEED}: the calm swarm answers {case.name} wrongly"
         walls, pauses = zip(*times, strict=True)
         return Calm(case, statistics.median(walls), statistics.median(pauses), clock.steps, sent)
 
@@ -151,7 +149,7 @@ class Chaos:
             fault.kind,
             fault.moment,
             len(fault.thirds),
-            f"{fault.mode}, {fault.codec}",
+            calm.case.name,
             "; ".join(filter(None, [trouble, *complaints])),
             wall_s - calm.wall_s,
             pause_s,

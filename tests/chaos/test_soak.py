@@ -10,6 +10,7 @@ swarm, and memory is told apart. Three peers stay, so that there always is a cha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,14 +29,13 @@ import psutil
 import pytest
 
 from tests.chaos.arena import LEAVE_S
-from tests.chaos.cases import MODES, Examiner
+from tests.chaos.cases import CODECS, MODES, Examiner
 from tests.chaos.faults import THIRDS
 from tests.processes import LocalSwarm, PeerProcess, Process, swarm, until
 
 SEED = int(os.environ.get("SOAK_SEED", secrets.randbits(32)))
 MINUTES = float(os.environ.get("SOAK_MINUTES", "15"))
 CLIENTS = 4
-CASES_PER_MODE = 2
 GUESTS_PER_THIRD = 2  # at most, besides the one that stays
 PAUSE_S = (3.0, 15.0)  # between two comings or goings
 SAMPLE_EVERY_S = 2.0
@@ -162,7 +162,7 @@ class Memory:
 def clients(home: Path, join: Sequence[str]) -> Iterator[list[Client]]:
     """Clients that ask from now on; killed at the end, if they have not ended."""
     examiner, rng = Examiner(), random.Random(SEED)
-    cases = [examiner.draw(rng, mode).to_json() for mode in MODES for _ in range(CASES_PER_MODE)]
+    cases = [examiner.draw(rng, mode, codec).to_json() for mode, codec in itertools.product(MODES, CODECS)]
     file = home / "cases.json"
     file.write_text(json.dumps(cases))
     with contextlib.ExitStack() as stack:
