@@ -52,6 +52,10 @@ class PeerConfig:
     max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
     max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
     message_mib: int = field(default=512, metadata={"help": "Memory for steps that arrive, wait or run, in MiB."})
+    journal_mib: int = field(
+        default=256,
+        metadata={"help": "Memory for what replacements of the peers after this one are told, all sessions, in MiB."},
+    )
     session_idle_s: float = field(default=600.0, metadata={"help": "A session without a step for so long is dropped."})
     resume_s: float = field(
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
@@ -79,6 +83,7 @@ class PeerConfig:
             "max_sessions",
             "max_step_tokens",
             "message_mib",
+            "journal_mib",
             "session_idle_s",
             "resume_s",
             "threads",

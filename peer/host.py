@@ -15,9 +15,10 @@ import grpc
 from dht.background import background
 from dht.record import State
 from peer import memory
-from peer.budget import KvBudget, MessageBudget
+from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
+from peer.links import Resolve, open_links
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import SessionTable
 from peer.worker import Worker
@@ -65,10 +66,15 @@ class SpanHost:
         self.port = 0
         self.step_ms: float | None = None
         self.budget = KvBudget(kv_tokens, len(model.span))
+        self.messages = MessageBudget(config.message_mib << 20)
+        self.journals = JournalBudget(config.journal_mib << 20)
         self.sessions = SessionTable(
             model,
             served.fingerprint,
+            served.n_blocks,
             self.budget,
+            self.journals,
+            self.messages,
             codecs=frozenset(names()),
             max_sessions=config.max_sessions,
             idle_s=config.session_idle_s,
@@ -77,18 +83,18 @@ class SpanHost:
         self._config = config
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, self.sessions, config.max_step_tokens)
-        self.messages = MessageBudget(config.message_mib << 20)
-        self.service = PeerService(
-            self._describe, self.sessions, worker, self._compute, self.messages, self._max_payload_bytes()
-        )
+        self.service = PeerService(self._describe, self.sessions, worker, self._compute, self._max_payload_bytes())
         self._server: grpc.aio.Server | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, model: SpanModel, served: Served, identity: Identity, config: PeerConfig
+        cls, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, resolve: Resolve
     ) -> AsyncIterator[SpanHost]:
         """A host that listens at `config.host`:`config.port`; closes the port and ends the thread on exit.
+
+        Args:
+            resolve: finds the records of the peers that come after this one in clients' chains.
 
         Raises:
             ConfigError: the port is taken, or the address is not this machine's.
@@ -97,18 +103,22 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, served, identity, config, kv_tokens)
         try:
-            await host._listen()
-            host.step_ms = await host._measure()
-            async with background(host._sweep(), "session-sweeper"):
-                yield host
+            async with open_links(resolve, host.service.refused) as host.service.links:
+                await host._listen()
+                try:
+                    host.step_ms = await host._measure()
+                    async with background(host._sweep(), "session-sweeper"):
+                        yield host
+                finally:
+                    await host._stop()
         finally:
-            await host._stop()
             await asyncio.to_thread(host._compute.close)
 
-    def drain(self) -> None:
-        """From now on: no new sessions."""
+    async def drain(self) -> None:
+        """From now on: no new sessions; clients are told to find others."""
         self.state = "draining"
         self.sessions.draining = True
+        await self.service.drain()
 
     async def _listen(self) -> None:
         self._server = grpc.aio.server(

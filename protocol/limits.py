@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 CHUNK_BYTES = 1 << 20  # payload bytes of one gRPC message
 MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)  # a whole gRPC message: header and one chunk
@@ -10,6 +10,9 @@ HEADER_BYTES = 48 << 10  # a step's header: tensor descriptions and cache operat
 PAYLOAD_BYTES = 256 << 20  # one step's payload over all its chunks
 
 SESSION_ID_BYTES = 16
+EDGE_BYTES = 16
+MAX_PEER_ID_CHARS = 80
+MAX_TRACE = 256  # hops of a chain
 MAX_TENSORS = 512  # parts of one step; a replay brings the parts of many steps
 MAX_DIMS = 5
 MAX_DIM = 1 << 24

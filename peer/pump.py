@@ -1,0 +1,132 @@
+"""A pump: takes one session's steps in order, has them computed, and hands their outputs on.
+
+    arrivals -> compute thread -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
+
+One task per stream of a client, so that a session's steps and outputs never overtake each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from peer.compute import ComputeThread
+from peer.links import Links
+from peer.session import Arrival, Rerouted, Session, SessionTable
+from peer.worker import Worker
+from protocol import potluck_pb2 as pb
+from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
+from protocol.frames import result_frames
+from protocol.journal import Entry
+from protocol.messages import Failure, StepResult
+
+logger = logging.getLogger(__name__)
+
+REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again to a new peer
+
+
+class ReplyStream:
+    """What goes back to the client of one `Infer`; replies of several messages are not mixed."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def send(self, *replies: pb.InferReply) -> None:
+        async with self._lock:
+            for reply in replies:
+                await self._context.write(reply)
+
+    async def fail(self, error: PotluckError, step_id: int = 0, *, fatal: bool = False) -> None:
+        await self.send(Failure(error, step_id, fatal).to_proto())
+
+
+class Pump:
+    """Runs one session's steps for as long as its client's stream lives."""
+
+    def __init__(
+        self,
+        session: Session,
+        sessions: SessionTable,
+        worker: Worker,
+        compute: ComputeThread,
+        links: Links,
+        client: ReplyStream,
+    ) -> None:
+        self._session = session
+        self._sessions = sessions
+        self._worker = worker
+        self._compute = compute
+        self._links = links
+        self._client = client
+
+    async def run(self) -> None:
+        """Until it is cancelled, or a step broke the protocol: the client has been told, the stream must end."""
+        session = self._session
+        while True:
+            arrival = await session.arrivals.get()
+            try:
+                if arrival is not None:
+                    await self._execute(arrival)
+                await self._hand_on()
+            except StaleEpoch as error:  # overtaken by a new epoch while it waited: nobody asks for it any more
+                logger.debug("a step was dropped: %s", error)
+            except PotluckError as error:
+                fatal = isinstance(error, WireError)
+                await self._client.fail(error, arrival.step.step_id if arrival else 0, fatal=fatal)
+                if fatal:
+                    return
+            finally:
+                if arrival is not None:
+                    arrival.release(self._sessions.messages)
+
+    async def _execute(self, arrival: Arrival) -> None:
+        session, step = self._session, arrival.step
+        if step.step_id < session.next_step and not arrival.pushed:
+            session.sent = min(session.sent, step.step_id)  # the client asks again
+        session.last_used_s = time.monotonic()
+        session.running = self._compute.submit(self._worker.execute, session, step, arrival.arrived_s)
+        try:
+            await asyncio.wrap_future(session.running)
+        except PotluckError:
+            raise
+        except Exception as error:
+            logger.exception("a step failed before it was applied")
+            raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
+        session.last_used_s = time.monotonic()
+
+    async def _hand_on(self) -> None:
+        """Hands on the outputs that the next hop lacks, in order."""
+        session = self._session
+        while session.route is not None and (pending := await self._pending()):
+            for output in pending:
+                try:
+                    await self._hand_on_one(output)
+                except Rerouted:
+                    break
+                session.sent = output.step_id + 1
+
+    async def _pending(self) -> list[Entry]:
+        session, latest = self._session, self._session.outputs.latest
+        if latest is None or latest.step_id < session.sent:
+            return []
+        if latest.step_id == session.sent and session.running is not None and session.running.done():
+            return [latest]
+        # The outputs belong to the compute thread.
+        since = self._compute.submit(session.outputs.since, session.sent, REPLAY_TOKENS)
+        return await asyncio.wrap_future(since)
+
+    async def _hand_on_one(self, output: Entry) -> None:
+        session, route = self._session, self._session.route
+        assert route is not None
+        step = output.step(session.epoch)
+        if route.peer_id and not session.undelivered:
+            session.handing_on = self._links.push(route.peer_id, route.edge, step)
+            try:
+                await session.handing_on
+                return
+            except PeerError as error:
+                session.undelivered = error.message
+        await self._client.send(*result_frames(StepResult(step, session.undelivered)))
