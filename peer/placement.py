@@ -138,9 +138,17 @@ def choose_span(
     return board.best_place(windows, blocks_per_s)
 
 
+def lack(n_blocks: int, peers: Iterable[Placed]) -> float:
+    """How much is lacking to the replicas that the memory of these peers allows: 0 if nothing.
+
+    One block without a peer counts more than any number of blocks with too few.
+    """
+    return _Board(n_blocks, peers).lack
+
+
 def lacking(n_blocks: int, peers: Iterable[Placed]) -> bool:
     """Has a block fewer replicas than the memory of these peers allows? Then `gap` of `next_check_s` is true."""
-    return _Board(n_blocks, peers).lack > 0
+    return lack(n_blocks, peers) > 0
 
 
 def may_move(policy: MovePolicy, stayed_s: float, *, gap: bool) -> bool:
