@@ -18,7 +18,7 @@ from benchmarks.swarm_meter import Meter
 from dht.config import DhtConfig
 from dht.record import PeerRecord
 from dht.view import Findings, SwarmView, make_view, merge
-from peer.placement import MovePolicy, Placed, better_span, choose_span, lack, lacking, may_move, next_check_s, placed
+from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, may_move, next_check_s, outlook, placed
 from protocol.span import Span
 
 DHT: Final = DhtConfig()
@@ -308,16 +308,12 @@ class World:
         known = swarm.read(self.now_s, peer.phase).placed
         others = [other for other in known if other.peer_id != peer.peer_id]
         me = Placed(peer.peer_id, peer.record.span, self._measured(peer))
-        gap = lacking(swarm.n_blocks, (*others, me))
-        target = None
-        if may_move(self.policy, self.now_s - peer.came_s, gap=gap):
-            target = better_span(
-                me, others, swarm.n_blocks, swarm.cuts, peer.machine.num_blocks, self.policy, rng=self.rng
-            )
-        if target is None:
-            self._check_later(peer, gap)
+        found = outlook(me, others, swarm.n_blocks, swarm.cuts, peer.machine.num_blocks, self.policy, rng=self.rng)
+        may = may_move(self.policy, self.now_s - peer.came_s, gap=found.soon)
+        if found.span is None or not may:
+            self._check_later(peer, found.soon)
         else:
-            self._move(peer, target, gap)
+            self._move(peer, found.span, found.soon)
 
     def _move(self, peer: Peer, target: Span, gap: bool) -> None:
         self.moves += self.counting
