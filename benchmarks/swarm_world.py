@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from benchmarks.swarm_meter import Meter
+from dht.announcer import TOMBSTONE_MARGIN_S
 from dht.config import DhtConfig
 from dht.record import PeerRecord
 from dht.view import Findings, SwarmView, make_view, merge
-from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, may_move, next_check_s, outlook, placed
+from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, next_check_s, outlook, placed
 from protocol.span import Span
 
 DHT: Final = DhtConfig()
@@ -252,7 +253,6 @@ class World:
             return
         peer.record = replace(peer.record, span=span, moving_to=None, state="online")
         peer.came_s = self.now_s
-        self._measure(peer)
         peer.swarm.meter.serve(self.now_s, span, peer.machine.blocks_per_s)
         self._announce(peer)
         self._check_later(peer)
@@ -308,9 +308,17 @@ class World:
         known = swarm.read(self.now_s, peer.phase).placed
         others = [other for other in known if other.peer_id != peer.peer_id]
         me = Placed(peer.peer_id, peer.record.span, self._measured(peer))
-        found = outlook(me, others, swarm.n_blocks, swarm.cuts, peer.machine.num_blocks, self.policy, rng=self.rng)
-        may = may_move(self.policy, self.now_s - peer.came_s, gap=found.soon)
-        if found.span is None or not may:
+        found = outlook(
+            me,
+            others,
+            swarm.n_blocks,
+            swarm.cuts,
+            peer.machine.num_blocks,
+            self.policy,
+            rng=self.rng,
+            settled=self.now_s - peer.came_s >= self.policy.min_stay_s,
+        )
+        if found.span is None:
             self._check_later(peer, found.soon)
         else:
             self._move(peer, found.span, found.soon)
@@ -346,31 +354,30 @@ class World:
     # -- announcing ---------------------------------------------------------------------------------------------------
 
     def _announce(self, peer: Peer) -> None:
-        """As `dht.announcer.Announcer` stamps a record: sequence and expiry only ever grow."""
+        """Something changed that all should know."""
+        self._stamp(peer)
+        self._news(peer.swarm)
+
+    def _stamp(self, peer: Peer) -> None:
+        """As `dht.announcer.Announcer` stamps and publishes: sequence and expiry only ever grow."""
         record = peer.record
+        tokens_per_s = self._measured(peer) / len(record.span) if record.state == "online" else record.tokens_per_s
         peer.record = replace(
             record,
+            tokens_per_s=tokens_per_s,
+            step_ms=None if tokens_per_s is None else 1000.0 / tokens_per_s,
             sequence=max(record.sequence + 1, int(self.now_s * 1e9)),
-            expires_at=max(record.expires_at + 1e-3, self.now_s + DHT.expiry_s),
+            expires_at=max(record.expires_at + TOMBSTONE_MARGIN_S, self.now_s + DHT.expiry_s),
         )
         peer.swarm.publish(peer.record, self.now_s)
-        self._news(peer.swarm)
 
     def _heartbeat_later(self, peer: Peer) -> None:
         self.at(self.now_s + DHT.announce_every_s, self._heartbeat, peer)
 
     def _heartbeat(self, peer: Peer) -> None:
-        if not peer.alive:
-            return
-        self._measure(peer)
-        now_s, record = self.now_s, peer.record
-        peer.record = replace(
-            record,
-            sequence=max(record.sequence + 1, int(now_s * 1e9)),
-            expires_at=max(record.expires_at + 1e-3, now_s + DHT.expiry_s),
-        )
-        peer.swarm.publish(peer.record, now_s)
-        self._heartbeat_later(peer)
+        if peer.alive:
+            self._stamp(peer)
+            self._heartbeat_later(peer)
 
     def _news(self, swarm: Swarm) -> None:
         """Who will serve what has changed: peers see it at their next read, and look again if blocks lack replicas."""
@@ -382,11 +389,6 @@ class World:
             for peer in swarm.peers.values():
                 if peer.phase == phase and peer.serves:
                     self._check_later(peer, gap=True)
-
-    def _measure(self, peer: Peer) -> None:
-        if peer.record.state == "online":
-            tokens_per_s = self._measured(peer) / len(peer.record.span)
-            peer.record = replace(peer.record, tokens_per_s=tokens_per_s, step_ms=1000.0 / tokens_per_s)
 
     def _measured(self, peer: Peer) -> float:
         return peer.machine.blocks_per_s * max(0.1, 1 + self.rng.gauss(0, self.scenario.noise))

@@ -203,6 +203,7 @@ def outlook(
     policy: MovePolicy,
     *,
     rng: random.Random | None = None,
+    settled: bool = True,
 ) -> Outlook:
     """Whether and where `me` should move now.
 
@@ -215,41 +216,39 @@ def outlook(
         legal_cuts: in order, 0 and `n_blocks` among them.
         num_blocks: the most that `me` can hold. Of others it is not known: they are taken to keep their length.
         rng: for standing in, rarely, for a peer whose turn it is and that does not go; None: never.
+        settled: has it stayed where it is for `policy.min_stay_s`? If not, it moves only to give replicas.
     """
     cuts = tuple(legal_cuts)
     board = _Board(n_blocks, (*others, me))
-    board.num_blocks[board.row(me.peer_id)] = num_blocks
-    if not board.lack and board.weakest * (1 + policy.gain) >= board.ceiling:
-        return Outlook()
     row = board.row(me.peer_id)
-    own = board.best_moves(cuts, np.array([row]))
-    if not own.improves[0]:
+    board.num_blocks[row] = num_blocks
+    if board.lack:
+        if not board.could_fill(cuts, row):
+            return Outlook()
+        return Outlook(_fill(row, board, cuts, policy, rng), soon=True)
+    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
         return Outlook()
-    if own.lack_gain[0] > 0:
-        return Outlook(_fill(row, own.span(0), board, cuts, policy, rng), soon=True)
-    if board.lack or not board.spares(row):
+    if not board.best_moves(cuts, np.array([row])).improves[0]:
         return Outlook()
     return Outlook(_level(row, board, cuts, policy))
 
 
-def _fill(
-    me: int, own: Span, board: _Board, cuts: tuple[int, ...], policy: MovePolicy, rng: random.Random | None
-) -> Span | None:
+def _fill(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy, rng: random.Random | None) -> Span | None:
     """Where the peer of row `me` goes to give blocks a replica they lack: if it is its turn, or in another's stead."""
-    could = 0
+    could, own = 0, None
     for _ in range(policy.max_moves):
         moves = board.best_moves(cuts, board.rows)
-        filling = np.flatnonzero(moves.improves & (moves.lack_gain > 0))
-        could = could or filling.size
+        filling = np.flatnonzero(moves.lack_gain > 0)
         if not filling.size:
             break
+        if own is None:
+            could, own = filling.size, moves.span(me)
         first = _first(filling, moves, board)
         if first == me:
             return moves.span(first)
         board.move(first, moves.span(first))
-    if rng is not None and rng.random() * max(could, 1) < policy.stand_in:
-        return own
-    return None
+    stands_in = rng is not None and rng.random() * max(could, 1) < policy.stand_in
+    return own if stands_in else None
 
 
 def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
@@ -259,10 +258,10 @@ def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
     load = moves.blocks_to_load[rows]
     rows = rows[load == load.min()]
 
-    def chance(row: int) -> bytes:
-        return hashlib.sha256(f"{board.peer_ids[row]} {moves.span(row)}".encode()).digest()
+    def chance(row: np.int64) -> bytes:
+        return hashlib.sha256(f"{board.peer_ids[row]} {moves.span(int(row))}".encode()).digest()
 
-    return max(rows.tolist(), key=chance)
+    return int(max(rows, key=chance))
 
 
 def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) -> Span | None:
@@ -270,8 +269,7 @@ def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) ->
     before, here = board.weakest, board.span(me)
     for _ in range(policy.max_moves):
         moves = board.best_moves(cuts, board.rows)
-        free = np.array([board.spares(row) for row in board.rows])
-        worth = np.where(moves.improves & free, moves.worth, -np.inf)
+        worth = np.where(moves.improves & board.spares, moves.worth, -np.inf)
         best = int(worth.argmax())
         if worth[best] < LEAST_WORTH * board.dearth:
             break
@@ -385,13 +383,24 @@ class _Board:
     def span(self, row: int) -> Span:
         return Span(int(self.starts[row]), int(self.stops[row]))
 
-    def spares(self, row: int) -> bool:
-        """Has each block of this peer another one?"""
-        return bool((self.replicas[self.starts[row] : self.stops[row]] > 1).all())
+    @property
+    def spares(self) -> NDArray[np.bool_]:
+        """Has each block of a peer another one? [peers]"""
+        alone = np.concatenate(([0], (self.replicas < 2).cumsum()))
+        return np.asarray(alone[self.stops] == alone[self.starts])
 
     def move(self, row: int, span: Span) -> None:
         self.starts[row], self.stops[row] = span.start, span.stop
         self._count()
+
+    def could_fill(self, cuts: tuple[int, ...], row: int) -> bool:
+        """Is there a place where this peer would give blocks more of the replicas they lack than where it is?"""
+        windows = _windows(cuts, int(self.num_blocks[row]))
+        replicas = self.replicas.copy()
+        replicas[self.starts[row] : self.stops[row]] -= 1
+        gains = np.concatenate(([0.0], (self._lack(replicas) - self._lack(replicas + 1)).cumsum()))
+        staying = gains[self.stops[row]] - gains[self.starts[row]]
+        return bool((gains[windows.stops] - gains[windows.starts]).max() > staying)
 
     def best_place(self, windows: _Windows, blocks_per_s: float) -> Span:
         """Where one who is not among the peers brings most."""
@@ -460,5 +469,6 @@ def _peer_id(peer: Placed) -> str:
 def _sums(values: Floats, starts: Ints, stops: Ints) -> Floats:
     """Sums over windows: [peers, windows] from [peers, n_blocks]."""
     upto = np.zeros((values.shape[0], values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=upto[:, 1:])
-    return np.take_along_axis(upto, stops, axis=1) - np.take_along_axis(upto, starts, axis=1)
+    values.cumsum(axis=1, out=upto[:, 1:])
+    rows = np.arange(values.shape[0])[:, None]
+    return np.asarray(upto[rows, stops] - upto[rows, starts])
