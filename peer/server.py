@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from dht.announcer import Announcer, announcing
+from dht.background import background
 from dht.config import DhtConfig
 from dht.locate import Located, locate_swarm
 from dht.maddr import Maddr
@@ -24,6 +25,7 @@ from dht.view import SwarmReader, reading
 from peer import memory
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
+from peer.neighbours import Neighbours
 from peer.placement import choose_span
 from protocol.errors import ConfigError, SwarmNotFound, UnknownModel, WrongModel
 from protocol.identity import Identity, claim_identity
@@ -94,7 +96,11 @@ async def open_peer(
         say(str(model.report))
         host = await stack.enter_async_context(SpanHost.open(model, served, identity, config))
         digests = await asyncio.to_thread(block_digests, model)
-        record = _Describe(host, config, node, tuple(bytes.fromhex(digests[b]) for b in sorted(digests)))
+        neighbours = Neighbours(
+            identity.peer_id, lambda: host.model.span, lambda: reader.view.online(served.fingerprint)
+        )
+        await stack.enter_async_context(background(neighbours.run(), "neighbours"))
+        record = _Describe(host, config, node, neighbours, tuple(bytes.fromhex(digests[b]) for b in sorted(digests)))
         listing = ModelRecord(
             signer=identity.peer_id,
             name=served.model,
@@ -212,8 +218,11 @@ def _load(config: PeerConfig, source: ModelSource, span: Span, progress: Progres
 class _Describe:
     """Makes the peer's present record; called about once a second."""
 
-    def __init__(self, host: SpanHost, config: PeerConfig, node: SwarmNode, digests: tuple[bytes, ...]) -> None:
+    def __init__(
+        self, host: SpanHost, config: PeerConfig, node: SwarmNode, neighbours: Neighbours, digests: tuple[bytes, ...]
+    ) -> None:
         self._host = host
+        self._neighbours = neighbours
         self._template = PeerRecord(
             peer_id=host.identity.peer_id,
             fingerprint=host.served.fingerprint,
@@ -240,6 +249,7 @@ class _Describe:
             state=host.state,
             step_ms=step_ms,
             tokens_per_s=None if not step_ms else 1000.0 / step_ms,
+            rtts_ms=self._neighbours.rtts_ms(),
             kv_tokens_left=host.budget.tokens_left,
         )
 
