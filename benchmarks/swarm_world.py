@@ -19,11 +19,16 @@ from dht.announcer import TOMBSTONE_MARGIN_S
 from dht.config import DhtConfig
 from dht.record import PeerRecord
 from dht.view import Findings, SwarmView, make_view, merge
+from peer.neighbours import likely_next
 from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, next_check_s, outlook, placed
 from protocol.span import Span
 
 DHT: Final = DhtConfig()
 KV_TOKENS: Final = 65536
+EXPIRED_S: Final = 1e-3
+"""So long after a record expired, it surely has."""
+PING_EVERY_S: Final = 300.0
+"""Between two measurements of a peer's round trips to likely next ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,8 @@ class Scenario:
         least_blocks, most_blocks: memory of a machine, log-uniform between.
         speed_spread, line_spread: sigma of the log-normal speed and bandwidth.
         noise: relative error of the throughput that a peer measures.
+        vanish: share of those without notice whose machine is gone (nothing answers); the others' process alone died,
+            and their connections break at once.
         phases: readers of the DHT read at so many different moments; those of one moment share a view.
         warm_up_h: so long the swarm runs before anything is counted.
     """
@@ -55,6 +62,7 @@ class Scenario:
     most_blocks: int = 16
     speed_blocks_per_s: float = 800.0
     speed_spread: float = 0.5
+    vanish: float = 0.5
     block_mib: float = 220.0
     line_mib_per_s: float = 25.0
     line_spread: float = 0.5
@@ -81,6 +89,15 @@ class Machine:
     x_ms: float
     y_ms: float
 
+    @property
+    def where(self) -> tuple[float, float]:
+        return self.x_ms, self.y_ms
+
+
+def rtt_ms(scenario: Scenario, one: tuple[float, float], other: tuple[float, float]) -> float:
+    """The round trip between two places: there and back, and over the last mile at both ends."""
+    return 2 * math.dist(one, other) + 4 * scenario.last_mile_ms
+
 
 class Peer:
     """A machine in the swarm, from its coming to its leaving."""
@@ -93,6 +110,7 @@ class Peer:
         self.alive = True
         self.came_s = 0.0
         self.check_at_s = math.inf
+        self.ping_at_s = 0.0
         self.watchers: dict[int, Callable[[Peer, bool], None]] = {}
         """Who is to be told when it stops serving: told the peer, and whether it says so itself."""
         self.record: PeerRecord
@@ -122,6 +140,9 @@ class Swarm:
         self.n_blocks = scenario.n_blocks
         self.cuts = tuple(range(scenario.n_blocks + 1))
         self.peers: dict[str, Peer] = {}
+        self.where: dict[str, tuple[float, float]] = {}
+        """Of all peers that ever were."""
+        self.vanished: set[str] = set()
         self.meter = Meter(scenario.n_blocks, started_s)
         self._prior = scenario.speed_blocks_per_s
         self._phases = scenario.phases
@@ -232,7 +253,7 @@ class World:
             n_blocks=swarm.n_blocks,
             span=span,
             state="joining",
-            addresses=(),
+            addresses=("192.0.2.1:1",),
             certificate_der=b"",
             kv_tokens_left=KV_TOKENS,
             kv_tokens_total=KV_TOKENS,
@@ -240,6 +261,7 @@ class World:
             started_at=self.now_s,
         )
         swarm.peers[peer.peer_id] = peer
+        swarm.where[peer.peer_id] = machine.where
         self._announce(peer)
         self._heartbeat_later(peer)
         self.at(self.now_s + len(span) * machine.load_block_s, self._online, peer, span)
@@ -262,15 +284,19 @@ class World:
         if not peer.alive:
             return
         self.leaves += self.counting
-        self._stop_serving(peer, told=not silent)
+        if silent and self.rng.random() < self.scenario.vanish:
+            peer.swarm.vanished.add(peer.peer_id)
+        served = peer.serves
         if silent:
             self._gone(peer)
-            expires_s = peer.record.expires_at
-            self.at(expires_s + 1e-3, self._news, peer.swarm)
+            for phase in range(self.scenario.phases):
+                self.at(peer.record.expires_at + EXPIRED_S, self._look, peer.swarm, phase)
         else:
             peer.record = replace(peer.record, state="draining", moving_to=None)
             self._announce(peer)
             self.at(self.now_s + self.scenario.drain_s, self._say_goodbye, peer)
+        if served:
+            self._stop_serving(peer, told=not silent)
         self.at(self.now_s, self._join, peer.machine, peer.swarm)
 
     def _say_goodbye(self, peer: Peer) -> None:
@@ -283,10 +309,10 @@ class World:
         del peer.swarm.peers[peer.peer_id]
 
     def _stop_serving(self, peer: Peer, *, told: bool) -> None:
-        if peer.record.state != "online":
-            return
+        """The peer, which is gone or says that it is draining, serves no more; its sessions learn of it."""
         peer.swarm.meter.unserve(self.now_s, peer.record.span, peer.machine.blocks_per_s)
-        for watcher in list(peer.watchers.values()):
+        watchers, peer.watchers = list(peer.watchers.values()), {}
+        for watcher in watchers:
             watcher(peer, told)
 
     # -- moving -------------------------------------------------------------------------------------------------------
@@ -329,12 +355,11 @@ class World:
         kept = peer.record.span.overlap(target)
         missing = len(target) - (len(kept) if kept else 0)
         self.filled_twice += self.counting and gap and self._is_filled_already(peer, target)
-        self._stop_serving(peer, told=True)
         peer.record = replace(peer.record, state="draining", moving_to=target)
         self._announce(peer)
-        self.at(
-            self.now_s + self.scenario.drain_s + missing * peer.machine.load_block_s, self._online_again, peer, target
-        )
+        self._stop_serving(peer, told=True)
+        load_s = missing * peer.machine.load_block_s
+        self.at(self.now_s + self.scenario.drain_s + load_s, self._online_again, peer, target)
 
     def _online_again(self, peer: Peer, target: Span) -> None:
         if peer.record.moving_to == target:
@@ -376,8 +401,24 @@ class World:
 
     def _heartbeat(self, peer: Peer) -> None:
         if peer.alive:
+            if self.now_s >= peer.ping_at_s:
+                self._ping(peer)
             self._stamp(peer)
             self._heartbeat_later(peer)
+
+    def _ping(self, peer: Peer) -> None:
+        """Measure the round trips to likely next peers, as `peer.neighbours.Neighbours` does."""
+        peer.ping_at_s = self.now_s + PING_EVERY_S
+        online = peer.swarm.read(self.now_s, peer.phase).view.online(peer.swarm.fingerprint)
+        others = likely_next(
+            (other for other in online if other.peer_id != peer.peer_id),
+            peer.record.span,
+            dict(peer.record.rtts_ms),
+            self.rng,
+        )
+        where = peer.swarm.where
+        rtts = sorted((rtt_ms(self.scenario, peer.machine.where, where[o.peer_id]), o.peer_id) for o in others)
+        peer.record = replace(peer.record, rtts_ms=tuple((peer_id, ms) for ms, peer_id in rtts))
 
     def _news(self, swarm: Swarm) -> None:
         """Who will serve what has changed: peers see it at their next read, and look again if blocks lack replicas."""
