@@ -125,7 +125,7 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[Host]:
     async with announcing(cast(Any, node), standing.record) as announcer:
         said: list[str] = []
         hosting = Hosting(
-            standing, announcer, loader, cast(Arrival, FirstSpan(loader)), cast(Balance, balance), identity(0), config,
+            standing, announcer, loader, cast(Arrival, FirstSpan(loader)), cast(Balance, balance), identity(0), config, find_host,
             random.Random(1), said.append,
         )  # fmt: skip
         async with background(hosting.run(), "hosting"):
