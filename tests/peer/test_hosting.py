@@ -28,7 +28,7 @@ from protocol.errors import BrokenCheckpoint
 from protocol.span import Span
 from slicing import SpanModel, load_span, resolve
 from tests.dht.support import FakeNode
-from tests.harness import identity, served
+from tests.harness import find_host, identity, served
 
 PATIENCE_S = 30.0
 N_BLOCKS = 6
@@ -125,8 +125,8 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[Host]:
     async with announcing(cast(Any, node), standing.record) as announcer:
         said: list[str] = []
         hosting = Hosting(
-            standing, announcer, loader, cast(Arrival, FirstSpan(loader)), cast(Balance, balance), identity(0), config, find_host,
-            random.Random(1), said.append,
+            standing, announcer, loader, cast(Arrival, FirstSpan(loader)), cast(Balance, balance), identity(0), config,
+            find_host, random.Random(1), said.append,
         )  # fmt: skip
         async with background(hosting.run(), "hosting"):
             await hosting.ready.wait()
