@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from client.rules import MIN_END_CHARS, Rules
 from protocol.errors import ConfigError
 
 SECTION = "client"
@@ -17,7 +18,7 @@ class ClientConfig:
     """How to find the swarm, and how patient to be with it.
 
     Raises:
-        ConfigError: a time or a size is not positive.
+        ConfigError: a time or a size is not positive, or a peer is named in a way that cannot mean one.
     """
 
     model: str | None = field(
@@ -26,6 +27,24 @@ class ClientConfig:
     join: tuple[str, ...] = field(
         default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm; may be repeated."}
     )
+    route: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Use this peer wherever it serves, others only for what is left: its id, the end of it (6"
+            " characters or more), or its public name; may be repeated."
+        },
+    )
+    avoid: tuple[str, ...] = field(
+        default=(), metadata={"help": "Never use this peer: named as for --route; may be repeated."}
+    )
+    trust: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "With --trusted-only, this peer may be used: its id or the end of it (anyone can take a public"
+            " name); may be repeated."
+        },
+    )
+    trusted_only: bool = field(default=False, metadata={"help": "Use the peers of --trust alone."})
     codec: CodecName = field(default="int8", metadata={"help": "How activations are compressed on the wire."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Number format of the embeddings and the head."}
@@ -64,3 +83,15 @@ class ClientConfig:
         for name in ("wait_s", "avoid_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("route", "avoid", "trust"):
+            if isinstance(getattr(self, name), str) or not all(getattr(self, name)):
+                raise ConfigError(f"{name} is a list of peers, not {getattr(self, name)!r}")
+        if too_short := [name for name in self.trust if len(name) < MIN_END_CHARS]:
+            raise ConfigError(f"--trust takes {MIN_END_CHARS} or more characters of a peer's id, not {too_short[0]!r}")
+        if self.trusted_only and not self.trust:
+            raise ConfigError("--trusted-only leaves no peer: name those you trust with --trust PEER")
+
+    @property
+    def rules(self) -> Rules:
+        """Which peers may be used, and which are preferred."""
+        return Rules(self.route, self.avoid, self.trust, self.trusted_only)

@@ -185,7 +185,7 @@ class SwarmModelForCausalLM:
             model: hub id, local folder or potluck-demo; None: the swarm's only model.
             join: addresses of the swarm; none: as found, see `dht.locate`.
             swarm: a swarm that is joined already; it stays open when the model is closed.
-            config: all settings at once; or single ones as keywords (`codec="none"`, `wait_s=10`, ...).
+            config: all settings at once; or single ones as keywords (`codec="none"`, `avoid=["aB3dEf9h"]`, ...).
             progress: told as the head's tensors are read.
             on_event: told, in one sentence, when a chain changes or when a session waits for peers.
 
@@ -194,7 +194,8 @@ class SwarmModelForCausalLM:
             ModelError: the model cannot be used; or none was named and the swarm has not just one.
         """
         try:
-            config = replace(config or ClientConfig(), **settings)
+            listed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+            config = replace(config or ClientConfig(), **listed)
         except TypeError as error:
             raise ConfigError(f"unknown setting: {error}") from error
         config = replace(config, join=tuple(join) or config.join, model=model or config.model)

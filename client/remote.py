@@ -5,25 +5,34 @@ Implements `slicing.Remote`. Encoding and decoding happen here, in the caller's 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
 from client.config import ClientConfig
 from client.session import Session, SessionSpec, SessionStats
-from client.swarm import Swarm
-from protocol.errors import PeerFault
+from client.swarm import ModelPeers, Swarm
+from client.times import Times
+from dht.record import PeerRecord
+from protocol.errors import BlocksMissing, PeerFault
 from protocol.journal import Entry, Part
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
+from protocol.span import Span
 from slicing import CacheOp, RemoteCache
 from tensor_codecs import codec, dtype_name, dtype_of, names
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class RemoteBlocks:
@@ -67,25 +76,66 @@ class RemoteBlocks:
             BlocksMissing: some blocks have no peer.
             PotluckError: see the error tree.
         """
-        session = self._session(cache, rows=hidden.shape[-3])
-        start = 0 if cache is None else cache.n_tokens
-        wire_ops = _wire_ops(ops, session, start)
         tensors = {HIDDEN: hidden, ATTENTION_MASK: attention_mask, POSITION_IDS: position_ids, **extras}
         whole = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        if cache is None:
+            return self._run_stateless(whole)
+        session = self._session(cache, rows=hidden.shape[-3])
+        start = cache.n_tokens
+        wire_ops = _wire_ops(ops, session, start)
         outputs: list[Tensor] = []
         codec_name = session.spec.codec
         try:
-            for offset, chunk in self._chunks(whole, start, stateless=cache is None):
+            for offset, chunk in self._chunks(whole, start):
                 entry = _entry(chunk, start + offset, wire_ops, codec_name)
                 outputs.append(_decoded(self._swarm.call(session.step(entry)), hidden))
                 wire_ops = ()
-                if cache is not None:
-                    cache.pending.clear()  # they are done, even if a later chunk fails
+                cache.pending.clear()  # they are done, even if a later chunk fails
         finally:
             self.last_chain, self.last_stats = session.chain, session.stats
-            if cache is None:
-                self._swarm.call(session.close())
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+
+    def _run_stateless(self, whole: dict[str, Tensor]) -> Tensor:
+        """One pass without memory; where blocks have replicas, the rows of a batch go over several chains at once."""
+        hidden = whole[HIDDEN]
+        peers = self._swarm.peers_of(self._fingerprint)
+        codec_name = self._codec(peers)
+        portions = self._portions(peers, whole, codec_name)
+        sessions: list[Session] = []
+        steps: list[Callable[[], Coroutine[Any, Any, StepResult]]] = []
+        for portion in portions:
+            seen = peers.planned({link.peer.peer_id for link in portion.chain})
+            session = self._new_session(seen, codec_name, rows=portion.stop - portion.start, stateless=True)
+            sessions.append(session)
+            steps.append(partial(session.step, _entry(_rows(whole, portion), 0, (), codec_name)))
+        try:
+            results = self._swarm.call(_all_of(steps))
+        finally:
+            largest = max(sessions, key=lambda session: session.spec.batch)
+            self.last_chain, self.last_stats = largest.chain, largest.stats
+            self._swarm.call(_all_of([session.close for session in sessions]))
+        return torch.cat([_decoded(result, hidden) for result in results], dim=-3)
+
+    def _portions(self, peers: ModelPeers, whole: dict[str, Tensor], codec_name: str) -> tuple[Portion, ...]:
+        """Which rows take which chain; all of them an open one, where they cannot be split or no chain is there yet."""
+        rows, tokens = whole[HIDDEN].shape[-3:-1]
+        together = (Portion(0, rows, ()),)
+        if any(tensor.shape[_row_axis(name)] not in (1, rows) for name, tensor in whole.items()):
+            return together
+        records, times, avoid = self._swarm.call(_survey(peers, self._swarm))
+        try:
+            return plan(
+                [peer for peer in records if codec_name in peer.codecs],
+                Span(0, self._n_blocks),
+                rows,
+                tokens,
+                times=times,
+                avoid=avoid,
+                rules=self._config.rules,
+                cuts=peers.cuts(),
+            )
+        except BlocksMissing:
+            return together  # the session waits for peers
 
     def session_of(self, cache: RemoteCache) -> Session | None:
         """The session behind a cache, if it has begun."""
@@ -104,35 +154,41 @@ class RemoteBlocks:
         per_step_ms = stats.busy_s / max(1, stats.steps) * 1e3
         return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes"
 
-    def _session(self, cache: RemoteCache | None, rows: int) -> Session:
-        if cache is not None and isinstance(cache.handle, Session):
+    def _session(self, cache: RemoteCache, rows: int) -> Session:
+        if isinstance(cache.handle, Session):
             return cache.handle
         peers = self._swarm.peers_of(self._fingerprint)
+        session = self._new_session(peers, self._codec(peers), rows, max_tokens=self.expected_tokens)
+        cache.handle = session
+        # The peers' memory is freed as soon as nobody can continue the session.
+        weakref.finalize(cache, self._swarm.close_later, session).atexit = False
+        return session
+
+    def _new_session(
+        self, peers: ModelPeers, codec_name: str, rows: int, *, max_tokens: int = 0, stateless: bool = False
+    ) -> Session:
         spec = SessionSpec(
             self._fingerprint,
             self._n_blocks,
-            codec=agreed_codec(peers.peers(), self._n_blocks, (self._config.codec, *names())),
+            codec=codec_name,
             batch=rows,
-            max_tokens=0 if cache is None else self.expected_tokens,
-            stateless=cache is None,
+            max_tokens=max_tokens,
+            stateless=stateless,
         )
-        session = Session(spec, peers, self._swarm.blame, self._config, self._event)
-        if cache is not None:
-            cache.handle = session
-            # The peers' memory is freed as soon as nobody can continue the session.
-            weakref.finalize(cache, self._swarm.close_later, session).atexit = False
-        return session
+        return Session(spec, peers, self._swarm.blame, self._config, self._event)
+
+    def _codec(self, peers: ModelPeers) -> str:
+        usable = [peer for peer in peers.peers() if self._config.rules.allows(peer)]
+        return agreed_codec(usable, self._n_blocks, (self._config.codec, *names()))
 
     def _event(self, text: str) -> None:
         self.on_event(text)
 
-    def _chunks(
-        self, tensors: dict[str, Tensor], start: int, *, stateless: bool
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def _chunks(self, tensors: dict[str, Tensor], start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """A long prompt in pieces of at most `prefill_tokens`; (offset in tokens, tensors) each."""
         hidden = tensors[HIDDEN]
         total = hidden.shape[-2]
-        size = total if stateless else max(1, self._config.prefill_tokens // hidden.shape[-3])
+        size = max(1, self._config.prefill_tokens // hidden.shape[-3])
         if size >= total:
             yield 0, tensors
             return
@@ -145,6 +201,35 @@ class RemoteBlocks:
                 for name, tensor in tensors.items()
             }
             yield offset, piece
+
+
+async def _survey(peers: ModelPeers, swarm: Swarm) -> tuple[Sequence[PeerRecord], Times, frozenset[str]]:
+    """What a plan needs, taken in the swarm's loop: the peers, their times, and those that failed lately."""
+    return peers.peers(), peers.times(), swarm.blame.avoided()
+
+
+async def _all_of(work: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> list[Result]:
+    """Runs all at once; the first error ends the others, and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(part()) for part in work]
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return [task.result() for task in running]
+
+
+def _row_axis(name: str) -> int:
+    """Where a step's tensor counts its rows: [..., rows, tokens, width], or for positions [..., rows, tokens]."""
+    return {HIDDEN: -3, POSITION_IDS: -2}.get(name, 0)
+
+
+def _rows(tensors: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:
+    """The portion's rows of each tensor; what is the same for all rows goes to all portions."""
+    start, count = portion.start, portion.stop - portion.start
+    return {
+        name: tensor if tensor.shape[_row_axis(name)] == 1 else tensor.narrow(_row_axis(name), start, count)
+        for name, tensor in tensors.items()
+    }
 
 
 def _entry(tensors: dict[str, Tensor], position: int, ops: tuple[WireOp, ...], codec_name: str) -> Entry:

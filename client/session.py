@@ -11,6 +11,7 @@ Everything that crosses is already encoded: tensors are the caller's business (`
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -27,6 +28,7 @@ from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Heard, Hop
 from client.recovery import lacking, to_renew
+from client.times import Stopwatch, Times
 from dht.record import PeerRecord
 from protocol.errors import (
     BlocksMissing,
@@ -62,6 +64,16 @@ class Peers(Protocol):
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         """A channel to the peer, pinned to its certificate."""
+
+    def cuts(self) -> tuple[int, ...] | None:
+        """The blocks before which the model may be cut; None: anywhere."""
+
+    def times(self) -> Times:
+        """What this client has measured of the peers."""
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """To be told of their replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +247,23 @@ class Session:
             if hop is not self._hops[-1]:
                 await self._relay(hop, what)
             elif what.step.step_id == entry.step_id:
-                self._times.note(entry.tokens, time.monotonic() - started_s)
+                self._note(entry, what.step, time.monotonic() - started_s)
                 return what
+
+    def _note(self, entry: Entry, result: Step, took_s: float) -> None:
+        """What a step shows of the times to expect."""
+        self._times.note(entry.tokens, took_s)
+        by_start = {hop.link.span.start: hop.link for hop in self._hops}
+        for cost in result.trace:
+            if (link := by_start.get(cost.start)) is not None:
+                self._peers.stopwatch.note(
+                    link.peer.peer_id,
+                    len(link.span),
+                    entry.tokens,
+                    cost.compute_ms,
+                    cost.queue_ms,
+                    cost.kv_tokens_left,
+                )
 
     async def _send(self, hop: Hop, step: Step) -> None:
         try:
@@ -356,7 +383,7 @@ class Session:
         leaving = [hop for hop in self._hops if hop.leaving]
         for hop in leaving:
             try:
-                choose_chain(self._able(), hop.link.span, avoid=self._blame.avoided())
+                self._choose(hop.link.span)
             except BlocksMissing:
                 return  # better one that will leave than none
         for hop in leaving:
@@ -385,7 +412,6 @@ class Session:
             ChainBroken: a hop failed after all had answered.
         """
         waiting = ""
-        before = self.chain
         while True:
             self._epoch += 1
             try:
@@ -417,9 +443,9 @@ class Session:
                 break
             for index in renewed:
                 self._hops[index].begun = False
-        if self.chain != before or self.stats.reroutes:
+        if self.stats.reroutes or waiting:
             self._on_event("the chain is now " + " -> ".join(hop.name for hop in self._hops))
-        self._times.prior_s = sum((hop.link.peer.step_ms or 0.0) for hop in self._hops) / 1e3
+        self._times.prior_s = self._expected_s()
         await self._connect(opened, entry)
 
     def _fill_gaps(self) -> None:
@@ -428,16 +454,39 @@ class Session:
         Raises:
             BlocksMissing: some have none.
         """
-        able, avoid = self._able(), self._blame.avoided()
-        for gap in missing_spans([hop.link.span for hop in self._hops], self.spec.n_blocks):
-            for link in choose_chain(able, gap, avoid=avoid):
-                self._hops.append(Hop(link, self._peers.channel(link.peer), self._secret, self._inbox))
+        links = [self._choose(gap) for gap in missing_spans([h.link.span for h in self._hops], self.spec.n_blocks)]
+        for link in itertools.chain(*links):
+            self._hops.append(Hop(link, self._peers.channel(link.peer), self._secret, self._inbox))
         self._hops.sort(key=lambda hop: hop.link.span)
 
-    def _able(self) -> list[PeerRecord]:
-        """The peers that this session can use."""
+    def _choose(self, gap: Span) -> tuple[Link, ...]:
+        """Peers for the blocks `gap`, of those that this session can use."""
         leaving = {hop.link.peer.peer_id for hop in self._hops if hop.leaving}
-        return [p for p in self._peers.peers() if self.spec.codec in p.codecs and p.peer_id not in leaving]
+        able = [p for p in self._peers.peers() if self.spec.codec in p.codecs and p.peer_id not in leaving]
+        at_start = {hop.link.span.start: hop.link.peer.peer_id for hop in self._hops}
+        at_stop = {hop.link.span.stop: hop.link.peer.peer_id for hop in self._hops}
+        return choose_chain(
+            able,
+            gap,
+            times=self._peers.times(),
+            avoid=self._blame.avoided(),
+            relayed=self._blame.cut_edges(),
+            rules=self._config.rules,
+            previous=at_stop.get(gap.start),
+            following=at_start.get(gap.stop),
+            cuts=self._peers.cuts(),
+            kv_tokens=self.spec.batch * self.spec.max_tokens,
+        )
+
+    def _expected_s(self) -> float:
+        """Seconds that a step of one token should take along the chain, by what is known of its peers."""
+        times, total_ms = self._peers.times(), 0.0
+        for hop in self._hops:
+            peer, blocks = hop.link.peer, len(hop.link.span)
+            said_ms = (peer.step_ms or 0.0) * blocks / len(peer.span) + (peer.queue_ms or 0.0)
+            total_ms += times.expected_ms(peer.peer_id, blocks, 1) or said_ms
+            total_ms += times.rtts_ms.get(peer.peer_id, 0.0)
+        return total_ms / 1e3
 
     async def _attach(self, hop: Hop) -> Opened | PotluckError:
         """Opens the session on the hop's peer, or takes it up there, under the present epoch. An error is a value, so

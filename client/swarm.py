@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from client.blame import Blame
 from client.config import ClientConfig
-from client.session import Peers
+from client.pinger import Pinger
+from client.times import Stopwatch, Times
+from dht.background import background
 from dht.config import DhtConfig
 from dht.locate import locate_swarm
 from dht.node import open_node
@@ -47,8 +50,11 @@ class Swarm:
 
     def __init__(self, config: ClientConfig) -> None:
         self.blame = Blame(config.avoid_s)
+        self.stopwatch = Stopwatch()
         self._config = config
         self._reader: SwarmReader | None = None
+        self._watched: set[str] = set()  # fingerprints of the models in use
+        self._pinger = Pinger(self.stopwatch, self._lend, self._watched_peers, config.refresh_s)
         self._channels: dict[tuple[str, str, bytes], grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -135,11 +141,15 @@ class Swarm:
             raise UnknownModel("this swarm serves no model yet; name one with --model, or start a peer")
         raise UnknownModel(f"this swarm serves {', '.join(names)}; name one of them with --model")
 
-    def peers_of(self, fingerprint: str) -> Peers:
-        """The peers of one model, and channels to them."""
+    def peers_of(self, fingerprint: str) -> ModelPeers:
+        """The peers of one model, and channels to them. Waits up to a second, once, for round trips to them."""
         assert self._reader is not None
-        self._reader.watch(fingerprint)
-        return _ModelPeers(self, fingerprint)
+        peers = ModelPeers(self, fingerprint)
+        if fingerprint not in self._watched:
+            self._watched.add(fingerprint)
+            self._reader.watch(fingerprint)
+            self.call(self._pinger.first(peers.peers(), self._keep))
+        return peers
 
     # ------------------------------------------------------------------ in the loop
 
@@ -153,10 +163,34 @@ class Swarm:
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         """The channel to a peer, shared by all sessions, pinned to the certificate in its record."""
-        key = (peer.peer_id, peer.addresses[0], peer.certificate_der)
+        key = self._key(peer)
         if key not in self._channels:
             self._channels[key] = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
         return self._channels[key]
+
+    @staticmethod
+    def _key(peer: PeerRecord) -> tuple[str, str, bytes]:
+        return peer.peer_id, peer.addresses[0], peer.certificate_der
+
+    @contextlib.asynccontextmanager
+    async def _keep(self, peer: PeerRecord) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to a peer, which stays open for the sessions to come."""
+        yield self.channel(peer)
+
+    @contextlib.asynccontextmanager
+    async def _lend(self, peer: PeerRecord) -> AsyncIterator[grpc.aio.Channel]:
+        """The sessions' channel to a peer; where there is none, one that is closed afterwards."""
+        if self._key(peer) in self._channels:
+            yield self.channel(peer)
+            return
+        channel = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
+        try:
+            yield channel
+        finally:
+            await channel.close(None)
+
+    def _watched_peers(self) -> list[PeerRecord]:
+        return [peer for fingerprint in list(self._watched) for peer in ModelPeers(self, fingerprint).peers()]
 
     def _begin_close(self, session: Closable) -> None:
         task = asyncio.ensure_future(session.close())
@@ -183,7 +217,8 @@ class Swarm:
             self._reader = reader
             self._loop = asyncio.get_running_loop()
             self._ready.set_result(None)
-            await self._stop.wait()
+            async with background(self._pinger.run(), "pinger"):
+                await self._stop.wait()
             self._loop = None
             await self._disconnect()
 
@@ -194,16 +229,43 @@ class Swarm:
             await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
 
 
-class _ModelPeers:
-    """One model's peers in a swarm; what a session needs."""
+class ModelPeers:
+    """One model's peers in a swarm; what a session needs.
 
-    def __init__(self, swarm: Swarm, fingerprint: str) -> None:
+    Args:
+        planned: ids of peers that a plan chose: the only ones to be seen, as long as all are there and none has failed.
+    """
+
+    def __init__(self, swarm: Swarm, fingerprint: str, planned: Collection[str] = ()) -> None:
         self._swarm = swarm
         self._fingerprint = fingerprint
+        self._planned = frozenset(planned)
 
     def peers(self) -> Sequence[PeerRecord]:
         online = self._swarm.view.online(self._fingerprint)
-        return [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
+        able = [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
+        if not self._planned or self._planned & self._swarm.blame.avoided():
+            return able
+        planned = [peer for peer in able if peer.peer_id in self._planned]
+        return planned if len(planned) == len(self._planned) else able
+
+    def cuts(self) -> tuple[int, ...] | None:
+        """The blocks before which the model may be cut; None: its peers do not say, or anywhere."""
+        model = self._swarm.view.model(self._fingerprint)
+        return (model.cuts or None) if model is not None else None
+
+    def planned(self, peer_ids: Collection[str]) -> ModelPeers:
+        """The same, seen as a plan chose."""
+        return ModelPeers(self._swarm, self._fingerprint, peer_ids)
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """To be told of peers' replies."""
+        return self._swarm.stopwatch
+
+    def times(self) -> Times:
+        """What this client has measured itself."""
+        return self._swarm.stopwatch.snapshot()
 
     async def refresh(self) -> None:
         await self._swarm.look_again()

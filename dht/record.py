@@ -20,7 +20,7 @@ from dht.envelope import Envelope, check_expiry, seal, unpack, unseal
 from dht.fields import Fields
 from protocol.errors import BadRecord
 from protocol.identity import certificate_name, common_name, load_certificate
-from protocol.limits import MAX_PEER_ID_CHARS
+from protocol.limits import MAX_PEER_ID_CHARS, WIRE_VERSION
 from protocol.span import Span
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class PeerRecord:
     dtype: str = ""
     quantization: str = ""
     software: str = ""
-    wire_version: int = 1
+    wire_version: int = WIRE_VERSION
     public_name: str = ""
     started_at: float = 0.0
     sequence: int = 0

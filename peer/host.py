@@ -42,7 +42,6 @@ IDLE_S = 30.0  # without a step; then the speed is measured anew
 IDLE_LOOK_S = 5.0
 IDLE_STEPS = 3
 DRAIN_LOOK_S = 0.1
-NOTICE_TIMEOUT_S = 2.0  # for clients to be told that this peer drains
 HANDED_OVER_S = 3.0  # a session without a step for so long has gone on elsewhere, or will when it needs to
 HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
 MAX_STREAMS = 1024
@@ -101,7 +100,9 @@ class SpanHost:
         self._config = config
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, self.sessions, config.max_step_tokens)
-        self.service = PeerService(self._describe, self.sessions, worker, self._compute, self._max_payload_bytes())
+        self.service = PeerService(
+            self._describe, self.sessions, worker, self._compute, self.meter, self._max_payload_bytes()
+        )
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -143,15 +144,11 @@ class SpanHost:
         finally:
             await asyncio.to_thread(host._compute.close)
 
-    async def drain(self) -> None:
-        """From now on: no new sessions; clients are told to find others."""
+    def drain(self) -> None:
+        """From now on: no new sessions; clients are told, so that those that there are go on elsewhere."""
         self.state = "draining"
         self.sessions.draining = True
-        try:
-            async with asyncio.timeout(NOTICE_TIMEOUT_S):
-                await self.service.drain()
-        except TimeoutError:
-            logger.info("not all clients could be told that this peer drains")
+        self.service.drain()
 
     def resume(self) -> None:
         """Takes new sessions, again."""
@@ -247,7 +244,7 @@ class SpanHost:
 
 def _is_busy(session: Session) -> bool:
     under_way = (session.running, session.handing_on)
-    return not session.arrivals.empty() or any(work is not None and not work.done() for work in under_way)
+    return not session.deliveries.empty() or any(work is not None and not work.done() for work in under_way)
 
 
 def probe_kv_bytes(model: SpanModel) -> int:

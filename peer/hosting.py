@@ -128,7 +128,7 @@ class Hosting:
             if await balance.still_due(target):
                 logger.info("blocks %s need this peer more than %s; draining", target, host.model.span)
                 self._standing.drain()
-                await host.drain()
+                host.drain()
                 await self._announcer.announce()
                 await host.drained(self._drain_s)
                 # The swarm may have become another meanwhile.
@@ -143,7 +143,7 @@ class Hosting:
     async def _resume(self, host: SpanHost) -> None:
         """The host takes sessions, unless this peer is leaving; the swarm is told."""
         if self._standing.leaving:
-            await host.drain()
+            host.drain()
         else:
             host.resume()
         await self._announcer.announce()

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -129,18 +130,39 @@ def choose_span(
         ConfigError: no two legal cuts are `num_blocks` or fewer blocks apart.
     """
     windows = _windows(tuple(legal_cuts), num_blocks)
-    if not windows.starts.size:
+    if not windows.count:
         smallest = min(b - a for a, b in pairwise(legal_cuts))
         raise ConfigError(
             f"this model cannot be cut into spans of {num_blocks} blocks; --num-blocks {smallest} at least"
         )
-    board = _Board(n_blocks, others, newcomer_blocks=windows.longest)
+    board = _Board(n_blocks, others, newcomer_blocks=windows.lengths[-1])
     return board.best_place(windows, blocks_per_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a peer that looked whether to move found.
+
+    Attributes:
+        span: where it should move now; None: it stays.
+        soon: blocks lack replicas that this peer could give: it should look again soon.
+    """
+
+    span: Span | None = None
+    soon: bool = False
+
+
+def lack(n_blocks: int, peers: Iterable[Placed]) -> float:
+    """How much is lacking to the replicas that the memory of these peers allows: 0 if nothing.
+
+    One block without a peer counts more than any number of blocks with too few.
+    """
+    return _Board(n_blocks, peers).lack
+
+
 def lacking(n_blocks: int, peers: Iterable[Placed]) -> bool:
-    """Has a block fewer replicas than the memory of these peers allows? Then `gap` of `next_check_s` is true."""
-    return _Board(n_blocks, peers).lack > 0
+    """Has a block fewer replicas than the memory of these peers allows? Then a peer should look soon."""
+    return lack(n_blocks, peers) > 0
 
 
 def may_move(policy: MovePolicy, stayed_s: float, *, gap: bool) -> bool:
@@ -152,7 +174,7 @@ def next_check_s(policy: MovePolicy, rng: random.Random, *, gap: bool) -> float:
     """Seconds until a peer should look again whether to move.
 
     Args:
-        gap: blocks lack a replica (`lacking`): look soon.
+        gap: blocks lack replicas (news that make `lacking` true, or `Outlook.soon`): look soon.
     """
     mean_s = policy.gap_check_every_s if gap else policy.check_every_s
     return mean_s * rng.uniform(1 - policy.jitter, 1 + policy.jitter)
@@ -168,7 +190,22 @@ def better_span(
     *,
     rng: random.Random | None = None,
 ) -> Span | None:
-    """Where `me` should move now; None: it stays.
+    """Where `me` should move now; None: it stays. See `outlook`."""
+    return outlook(me, others, n_blocks, legal_cuts, num_blocks, policy, rng=rng).span
+
+
+def outlook(
+    me: Placed,
+    others: Sequence[Placed],
+    n_blocks: int,
+    legal_cuts: Sequence[int],
+    num_blocks: int,
+    policy: MovePolicy,
+    *,
+    rng: random.Random | None = None,
+    settled: bool = True,
+) -> Outlook:
+    """Whether and where `me` should move now.
 
     It moves if, in the simulated best response of all peers, it is one of those that move, and if that gives blocks a
     replica they lack or raises the weakest block's throughput by `policy.gain`. All who see the same records come to
@@ -179,134 +216,152 @@ def better_span(
         legal_cuts: in order, 0 and `n_blocks` among them.
         num_blocks: the most that `me` can hold. Of others it is not known: they are taken to keep their length.
         rng: for standing in, rarely, for a peer whose turn it is and that does not go; None: never.
+        settled: has it stayed where it is for `policy.min_stay_s`? If not, it moves only to give replicas.
     """
     cuts = tuple(legal_cuts)
-    mine = _windows(cuts, num_blocks)
     board = _Board(n_blocks, (*others, me))
-    if not mine.starts.size or (not board.lack and board.weakest * (1 + policy.gain) >= board.ceiling):
-        return None
-    own = board.best_move(me, mine)
-    if own is None:
-        return None
-    if own.lack_gain > 0:
-        return _fill(own, board, cuts, mine, policy, rng)
-    if board.lack or not board.spares(me.span):
-        return None
-    return _level(me, board, cuts, mine, policy)
+    row = board.row(me.peer_id)
+    board.num_blocks[row] = num_blocks
+    if board.lack:
+        if not board.could_fill(cuts, row):
+            return Outlook()
+        return Outlook(_fill(row, board, cuts, policy, rng), soon=True)
+    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
+        return Outlook()
+    if not board.best_moves(cuts, np.array([row])).improves[0]:
+        return Outlook()
+    return Outlook(_level(row, board, cuts, policy))
 
 
-def _fill(
-    own: _Move, board: _Board, cuts: tuple[int, ...], mine: _Windows, policy: MovePolicy, rng: random.Random | None
-) -> Span | None:
-    """Where `own.peer` goes to give blocks a replica they lack: if it is its turn, or, rarely, in another's stead."""
-    could = 0
+def _fill(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy, rng: random.Random | None) -> Span | None:
+    """Where the peer of row `me` goes to give blocks a replica they lack: if it is its turn, or in another's stead."""
+    could, own = 0, None
     for _ in range(policy.max_moves):
-        moves = [move for move in board.best_moves(cuts, own.peer.peer_id, mine) if move.lack_gain > 0]
-        could = could or len(moves)
-        if not moves:
+        moves = board.best_moves(cuts, board.rows)
+        filling = np.flatnonzero(moves.lack_gain > 0)
+        if not filling.size:
             break
-        first = max(moves, key=_turn)
-        if first.peer.peer_id == own.peer.peer_id:
-            return first.span
-        board = board.after(first)
-    if rng is not None and rng.random() * max(could, 1) < policy.stand_in:
-        return own.span
-    return None
+        if own is None:
+            could, own = filling.size, moves.span(me)
+        first = _first(filling, moves, board)
+        if first == me:
+            return moves.span(first)
+        board.move(first, moves.span(first))
+    stands_in = rng is not None and rng.random() * max(could, 1) < policy.stand_in
+    return own if stands_in else None
 
 
-def _level(me: Placed, board: _Board, cuts: tuple[int, ...], mine: _Windows, policy: MovePolicy) -> Span | None:
-    """Where `me` goes if the best moves of all, `me` among them, clearly raise the weakest block's throughput."""
-    before = board.weakest
+def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
+    """Whose turn it is to go where replicas lack. Only whole numbers count: nobody knows the others' speed exactly."""
+    gain = (moves.lack_gain - moves.lack_meanwhile / 4)[rows]
+    rows = rows[gain == gain.max()]
+    load = moves.blocks_to_load[rows]
+    rows = rows[load == load.min()]
+
+    def chance(row: np.int64) -> bytes:
+        return hashlib.sha256(f"{board.peer_ids[row]} {moves.span(int(row))}".encode()).digest()
+
+    return int(max(rows, key=chance))
+
+
+def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) -> Span | None:
+    """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput."""
+    before, here = board.weakest, board.span(me)
     for _ in range(policy.max_moves):
-        moves = [move for move in board.best_moves(cuts, me.peer_id, mine) if board.spares(move.peer.span)]
-        best = max(moves, key=lambda move: move.worth, default=None)
-        if best is None or best.worth < LEAST_WORTH * board.dearth:
+        moves = board.best_moves(cuts, board.rows)
+        worth = np.where(moves.improves & board.spares, moves.worth, -np.inf)
+        best = int(worth.argmax())
+        if worth[best] < LEAST_WORTH * board.dearth:
             break
-        board = board.after(best)
-    target = board.peers[me.peer_id].span
-    return target if target != me.span and board.weakest >= before * (1 + policy.gain) else None
-
-
-def _turn(move: _Move) -> tuple[float, int, bytes]:
-    """Who goes first to where replicas lack. Only whole numbers count, for speeds are known to nobody exactly."""
-    chance = hashlib.sha256(f"{move.peer.peer_id} {move.span}".encode()).digest()
-    return (move.lack_gain - move.lack_meanwhile / 4, -move.blocks_to_load, chance)
+        board.move(best, moves.span(best))
+    target = board.span(me)
+    return target if target != here and board.weakest >= before * (1 + policy.gain) else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The longest legal spans of at most so many blocks, without those inside another: int64 [windows] each."""
+    """The longest legal spans of at most so many blocks, without those inside another.
+
+    Padded to one shape for all lengths, int64 [cuts]; padding is the empty window 0:0.
+    """
 
     starts: Ints
     stops: Ints
-
-    @property
-    def longest(self) -> int:
-        return int((self.stops - self.starts).max())
-
-    def by_length(self) -> Iterable[tuple[int, _Windows]]:
-        lengths = self.stops - self.starts
-        for length in sorted(set(lengths.tolist())):
-            these = lengths == length
-            yield length, _Windows(self.starts[these], self.stops[these])
+    count: int
+    lengths: tuple[int, ...]
+    """The different lengths among them."""
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _windows(cuts: tuple[int, ...], num_blocks: int) -> _Windows:
-    starts: list[int] = []
-    stops: list[int] = []
+    spans: list[tuple[int, int]] = []
     for start in cuts:
-        stop = max(cut for cut in cuts if cut <= start + num_blocks)
-        if stop > start and (not stops or stop > stops[-1]):
-            starts.append(start)
-            stops.append(stop)
-    return _Windows(np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64))
+        stop = cuts[bisect_right(cuts, start + num_blocks) - 1]
+        if stop > start and (not spans or stop > spans[-1][1]):
+            spans.append((start, stop))
+    padded = np.array(spans + [(0, 0)] * (len(cuts) - len(spans)), dtype=np.int64)
+    lengths = tuple(sorted({stop - start for start, stop in spans}))
+    return _Windows(padded[:, 0], padded[:, 1], len(spans), lengths)
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """What one peer's best move brings.
+class _Moves:
+    """What the best move of each of some peers brings: arrays [peers].
 
     Attributes:
         lack_gain: less lack of replicas afterwards (`_Board.lack`).
         lack_meanwhile: more lack of replicas while it loads.
         worth: less dearth of throughput afterwards (`_Board.dearth`).
+        improves: is it better than to stay?
     """
 
-    peer: Placed
-    span: Span
-    lack_gain: float
-    lack_meanwhile: float
-    worth: float
+    starts: Ints
+    stops: Ints
+    blocks_to_load: Ints
+    lack_gain: Floats
+    lack_meanwhile: Floats
+    worth: Floats
+    improves: NDArray[np.bool_]
 
-    @property
-    def blocks_to_load(self) -> int:
-        kept = self.peer.span.overlap(self.span)
-        return len(self.span) - (len(kept) if kept else 0)
+    def span(self, row: int) -> Span:
+        return Span(int(self.starts[row]), int(self.stops[row]))
 
 
 class _Board:
-    """All peers at their places, and what each block has: replicas int64 [n_blocks], tokens_per_s float64 [n_blocks].
+    """All peers at their places, and what each block has.
+
+    `starts`, `stops`, `rates` (blocks per second) are arrays [peers], `replicas` and `tokens_per_s` [n_blocks].
 
     Args:
         newcomer_blocks: what one who is not among the peers yet will add to the swarm's memory.
     """
 
     def __init__(self, n_blocks: int, peers: Iterable[Placed], newcomer_blocks: int = 0) -> None:
-        self.n_blocks = n_blocks
         # In one order for all who look, so that sums of floats, and with them ties, come out the same.
-        self.peers = {peer.peer_id: peer for peer in sorted(peers, key=lambda peer: peer.peer_id)}
-        self.replicas = np.zeros(n_blocks, dtype=np.int64)
-        self.tokens_per_s = np.zeros(n_blocks)
-        for peer in self.peers.values():
-            self.replicas[peer.span.start : peer.span.stop] += 1
-            self.tokens_per_s[peer.span.start : peer.span.stop] += peer.tokens_per_s
-        memory = sum(len(peer.span) for peer in self.peers.values()) + newcomer_blocks
+        ordered = sorted(peers, key=_peer_id)
+        self.n_blocks = n_blocks
+        self.peer_ids = [peer.peer_id for peer in ordered]
+        self.rows = np.arange(len(ordered))
+        self.starts = np.array([peer.span.start for peer in ordered], dtype=np.int64)
+        self.stops = np.array([peer.span.stop for peer in ordered], dtype=np.int64)
+        self.rates = np.maximum([peer.blocks_per_s for peer in ordered], MIN_BLOCKS_PER_S)
+        self.num_blocks = self.stops - self.starts
+        memory = int(self.num_blocks.sum()) + newcomer_blocks
         wanted = min(REPLICAS_WANTED, max(1, memory // n_blocks))
         self.lack_at = np.array([LEVEL ** (2 - k) if k < wanted else 0.0 for k in range(REPLICAS_WANTED + 1)])
-        self.ceiling = sum(max(peer.blocks_per_s, MIN_BLOCKS_PER_S) for peer in self.peers.values()) / n_blocks
+        self.ceiling = float(self.rates.sum()) / n_blocks
         """No placement gives the weakest block more."""
         self.scale = self.ceiling or 1.0
+        self._count()
+
+    def _count(self) -> None:
+        each = self.rates / (self.stops - self.starts)
+        edges = np.bincount(self.starts, minlength=self.n_blocks + 1) - np.bincount(
+            self.stops, minlength=self.n_blocks + 1
+        )
+        self.replicas = edges.cumsum()[:-1]
+        flow = np.bincount(self.starts, each, self.n_blocks + 1) - np.bincount(self.stops, each, self.n_blocks + 1)
+        self.tokens_per_s = np.where(self.replicas > 0, np.maximum(flow.cumsum()[:-1], 0.0), 0.0)
 
     @property
     def weakest(self) -> float:
@@ -322,81 +377,82 @@ class _Board:
         """How badly throughput is distributed: mostly, how weak the weakest blocks are."""
         return float(self._dearth(self.tokens_per_s).sum())
 
-    def spares(self, span: Span) -> bool:
-        """Has each of these blocks another peer?"""
-        return bool((self.replicas[span.start : span.stop] > 1).all())
+    def row(self, peer_id: str) -> int:
+        return bisect_left(self.peer_ids, peer_id)
 
-    def after(self, move: _Move) -> _Board:
-        moved = replace(move.peer, span=move.span)
-        return _Board(self.n_blocks, (self.peers | {moved.peer_id: moved}).values())
+    def span(self, row: int) -> Span:
+        return Span(int(self.starts[row]), int(self.stops[row]))
+
+    @property
+    def spares(self) -> NDArray[np.bool_]:
+        """Has each block of a peer another one? [peers]"""
+        alone = np.concatenate(([0], (self.replicas < 2).cumsum()))
+        return np.asarray(alone[self.stops] == alone[self.starts])
+
+    def move(self, row: int, span: Span) -> None:
+        self.starts[row], self.stops[row] = span.start, span.stop
+        self._count()
+
+    def could_fill(self, cuts: tuple[int, ...], row: int) -> bool:
+        """Is there a place where this peer would give blocks more of the replicas they lack than where it is?"""
+        windows = _windows(cuts, int(self.num_blocks[row]))
+        replicas = self.replicas.copy()
+        replicas[self.starts[row] : self.stops[row]] -= 1
+        gains = np.concatenate(([0.0], (self._lack(replicas) - self._lack(replicas + 1)).cumsum()))
+        staying = gains[self.stops[row]] - gains[self.starts[row]]
+        return bool((gains[windows.stops] - gains[windows.starts]).max() > staying)
 
     def best_place(self, windows: _Windows, blocks_per_s: float) -> Span:
         """Where one who is not among the peers brings most."""
-        newcomer = Placed("", Span(0, 1), blocks_per_s)
-        (place,) = self._places([newcomer], self.replicas[None], self.tokens_per_s[None], windows)
-        return place.span
+        rates = np.array([max(blocks_per_s, MIN_BLOCKS_PER_S)])
+        best, _, _ = self._best(self.replicas[None], self.tokens_per_s[None], [windows], rates)
+        return Span(int(windows.starts[best[0]]), int(windows.stops[best[0]]))
 
-    def best_move(self, peer: Placed, windows: _Windows) -> _Move | None:
-        """The best place for one of the peers; None: where it is."""
-        moves = self._moves([peer], windows)
-        return moves[0] if moves else None
+    def best_moves(self, cuts: tuple[int, ...], rows: Ints) -> _Moves:
+        """The best place of each of these peers, the others staying where they are."""
+        starts, stops, rates = self.starts[rows], self.stops[rows], self.rates[rows]
+        blocks = np.arange(self.n_blocks)
+        here = (blocks >= starts[:, None]) & (blocks < stops[:, None])
+        replicas = self.replicas - here
+        own = here * (rates / (stops - starts))[:, None]
+        tokens_per_s = np.maximum(self.tokens_per_s - own, 0.0) * (replicas > 0)
+        staying_lack = (self._lack(replicas) - self._lack(self.replicas)).sum(axis=1)
+        staying_worth = (self._dearth(tokens_per_s) - self._dearth(tokens_per_s + own)).sum(axis=1)
+        windows = [_windows(cuts, int(num_blocks)) for num_blocks in self.num_blocks[rows]]
+        best, lack_gain, worth = self._best(replicas, tokens_per_s, windows, rates)
+        to_starts = np.array([w.starts[b] for w, b in zip(windows, best, strict=True)])
+        to_stops = np.array([w.stops[b] for w, b in zip(windows, best, strict=True)])
+        kept = np.maximum(np.minimum(stops, to_stops) - np.maximum(starts, to_starts), 0)
+        lack_gain, worth = lack_gain - staying_lack, worth - staying_worth
+        moves = (to_stops > to_starts) & ((to_starts != starts) | (to_stops != stops))
+        improves = moves & ((lack_gain > 0) | ((lack_gain == 0) & (worth > TIE * self.n_blocks)))
+        return _Moves(to_starts, to_stops, to_stops - to_starts - kept, lack_gain, staying_lack, worth, improves)
 
-    def best_moves(self, cuts: tuple[int, ...], me: str, mine: _Windows) -> list[_Move]:
-        """The best move of each peer that has one. Others than `me` keep their length."""
-        groups: dict[int, list[Placed]] = {}
-        for peer in self.peers.values():
-            if peer.peer_id != me:
-                groups.setdefault(len(peer.span), []).append(peer)
-        moves = self._moves([self.peers[me]], mine)
-        for length, group in groups.items():
-            windows = _windows(cuts, length)
-            if windows.starts.size:
-                moves += self._moves(group, windows)
-        return moves
+    def _best(
+        self, replicas: Ints, tokens_per_s: Floats, windows: Sequence[_Windows], rates: Floats
+    ) -> tuple[Ints, Floats, Floats]:
+        """Per peer the best of its windows where the others give this, and its gains in lack and worth.
 
-    def _moves(self, group: list[Placed], windows: _Windows) -> list[_Move]:
-        replicas = np.repeat(self.replicas[None], len(group), axis=0)
-        tokens_per_s = np.repeat(self.tokens_per_s[None], len(group), axis=0)
-        for row, peer in enumerate(group):
-            replicas[row, peer.span.start : peer.span.stop] -= 1
-            tokens_per_s[row, peer.span.start : peer.span.stop] -= peer.tokens_per_s
-        np.maximum(tokens_per_s, 0.0, out=tokens_per_s)
-        moves = []
-        for row, (peer, place) in enumerate(
-            zip(group, self._places(group, replicas, tokens_per_s, windows), strict=True)
-        ):
-            here = slice(peer.span.start, peer.span.stop)
-            without, alone = replicas[row, here], tokens_per_s[row, here]
-            staying = float((self._lack(without) - self._lack(without + 1)).sum())
-            staying_worth = float((self._dearth(alone) - self._dearth(alone + peer.tokens_per_s)).sum())
-            move = _Move(peer, place.span, place.lack_gain - staying, staying, place.worth - staying_worth)
-            if place.span != peer.span and (move.lack_gain, move.worth) > (0.0, LEAST_WORTH * self.scale):
-                moves.append(move)
-        return moves
-
-    def _places(self, group: list[Placed], replicas: Ints, tokens_per_s: Floats, windows: _Windows) -> list[_Move]:
-        """Per peer of the group the best of the windows, given what the others give: [peers, n_blocks] both."""
-        lack_gain = _sums(self._lack(replicas) - self._lack(replicas + 1), windows)
-        worth = np.empty_like(lack_gain)
-        rates = np.array([max(peer.blocks_per_s, MIN_BLOCKS_PER_S) for peer in group])[:, None]
+        Args:
+            replicas, tokens_per_s: [peers, n_blocks].
+            windows, rates: [peers].
+        """
+        starts = np.stack([w.starts for w in windows])
+        stops = np.stack([w.stops for w in windows])
+        lengths = stops - starts
+        lack_gain = _sums(self._lack(replicas) - self._lack(replicas + 1), starts, stops)
+        lack_gain[lengths == 0] = -1.0
         now = self._dearth(tokens_per_s)
-        lengths = windows.stops - windows.starts
-        for length, these in windows.by_length():
-            worth[:, lengths == length] = _sums(now - self._dearth(tokens_per_s + rates / length), these)
-        most = lack_gain.max(axis=1, keepdims=True)
-        worth = np.where(lack_gain == most, worth, -np.inf)
+        worth = np.zeros_like(lack_gain)
+        for rank in range(max(len(w.lengths) for w in windows)):
+            length = np.array([w.lengths[min(rank, len(w.lengths) - 1)] if w.lengths else 1 for w in windows])[:, None]
+            sums = _sums(now - self._dearth(tokens_per_s + rates[:, None] / length), starts, stops)
+            worth = np.where(lengths == length, sums, worth)
+        worth[lack_gain < lack_gain.max(axis=1, keepdims=True)] = -np.inf
         richest = worth.max(axis=1, keepdims=True)
         best = (worth >= richest - TIE * np.abs(richest)).argmax(axis=1)
-        return [
-            _Move(
-                peer,
-                Span(int(windows.starts[b]), int(windows.stops[b])),
-                float(lack_gain[row, b]),
-                0.0,
-                float(worth[row, b]),
-            )
-            for row, (peer, b) in enumerate(zip(group, best.tolist(), strict=True))
-        ]
+        rows = np.arange(len(windows))
+        return best, lack_gain[rows, best], worth[rows, best]
 
     def _lack(self, replicas: Ints) -> Floats:
         return self.lack_at[np.minimum(replicas, REPLICAS_WANTED)]
@@ -406,8 +462,13 @@ class _Board:
         return 1.0 / (squared * squared)
 
 
-def _sums(values: Floats, windows: _Windows) -> Floats:
-    """Sums over the windows: [peers, windows] from [peers, n_blocks]."""
+def _peer_id(peer: Placed) -> str:
+    return peer.peer_id
+
+
+def _sums(values: Floats, starts: Ints, stops: Ints) -> Floats:
+    """Sums over windows: [peers, windows] from [peers, n_blocks]."""
     upto = np.zeros((values.shape[0], values.shape[1] + 1))
-    np.cumsum(values, axis=1, out=upto[:, 1:])
-    return upto[:, windows.stops] - upto[:, windows.starts]
+    values.cumsum(axis=1, out=upto[:, 1:])
+    rows = np.arange(values.shape[0])[:, None]
+    return np.asarray(upto[rows, stops] - upto[rows, starts])

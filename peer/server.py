@@ -25,8 +25,8 @@ from peer.config import PeerConfig
 from peer.first_span import FirstSpan
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
-from peer.links import Resolve
 from peer.loading import SpanLoader
+from peer.neighbours import Neighbours
 from peer.placement import MovePolicy
 from peer.standing import Standing
 from protocol.errors import SwarmNotFound, UnknownModel, WrongModel
@@ -63,7 +63,7 @@ class Peer:
         self.standing.leave()
         host = self.standing.host
         if host is not None:
-            await host.drain()
+            host.drain()
         await self.announcer.announce()
         if host is None or not host.holding_up:
             return
@@ -108,24 +108,24 @@ async def open_peer(
         announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
         await stack.enter_async_context(findable(node, dht_config, "peer"))
         balance = Balance(standing, served, reader, _policy(config), rng)
-        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=_resolver(reader))
+        neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
+        await stack.enter_async_context(background(neighbours.run(), "neighbours"))
+        standing.rtts_ms = neighbours.rtts_ms
+        resolve = partial(_resolve, reader)
+        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=resolve)
         hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
         await stack.enter_async_context(background(hosting.run(), "hosting"))
         await hosting.ready.wait()
         yield Peer(node, announcer, standing, found)
 
 
-def _resolver(reader: SwarmReader) -> Resolve:
-    """Finds a peer's record in the view; looks again in the swarm if it is not there."""
-
-    async def resolve(peer_id: str) -> PeerRecord | None:
-        try:
-            return reader.view.peer(peer_id) or (await reader.refresh()).peer(peer_id)
-        except SwarmNotFound as error:
-            logger.warning("%s", error)
-            return None
-
-    return resolve
+async def _resolve(reader: SwarmReader, peer_id: str) -> PeerRecord | None:
+    """A peer's verified record; looks again in the swarm if it is not in the view."""
+    try:
+        return reader.view.peer(peer_id) or (await reader.refresh()).peer(peer_id)
+    except SwarmNotFound as error:
+        logger.warning("%s", error)
+        return None
 
 
 async def _locate(config: DhtConfig) -> Located | None:
