@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,11 +28,14 @@ from peer.host import SpanHost
 from peer.hosting import Hosting
 from peer.loading import SpanLoader
 from peer.standing import Standing
-from protocol.errors import BrokenCheckpoint
+from protocol.errors import BrokenCheckpoint, ConfigError
+from protocol.messages import Open
 from protocol.span import Span
 from slicing import SpanModel, load_span, resolve
+from slicing.checkpoint import read_tensor
 from tests.dht.support import FakeNode
 from tests.harness import find_host, identity, served
+from tests.slicing.architectures import make_checkpoint
 
 PATIENCE_S = 30.0
 N_BLOCKS = 6
@@ -38,8 +43,6 @@ N_BLOCKS = 6
 
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.slicing.architectures import make_checkpoint
-
     folder = tmp_path_factory.mktemp("llama")
     make_checkpoint("llama", folder)
     return folder
@@ -207,7 +210,6 @@ async def test_a_failed_move_leaves_a_peer_that_serves(
 async def test_without_room_for_both_the_old_blocks_go_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peer.loading.SpanLoader.fits_beside", lambda *_: False)
     seen: list[bool] = []
-    from slicing.checkpoint import read_tensor
 
     def reads(path: Path, stored: Any) -> torch.Tensor:
         if ".layers." in stored.name:
@@ -229,7 +231,6 @@ async def test_without_room_and_with_a_broken_file_the_old_blocks_come_back(
     folder: Path, target: Span, back_at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.loading.SpanLoader.fits_beside", lambda *_: False)
-    from slicing.checkpoint import read_tensor
 
     def reads(path: Path, stored: Any) -> torch.Tensor:
         if ".layers.4." in stored.name:
@@ -249,7 +250,6 @@ async def test_when_only_the_kept_blocks_can_be_had_they_are_served(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peer.loading.SpanLoader.fits_beside", lambda *_: False)
-    from slicing.checkpoint import read_tensor
 
     def reads(path: Path, stored: Any) -> torch.Tensor:
         if ".layers." in stored.name:
@@ -286,8 +286,6 @@ async def test_who_leaves_in_the_middle_of_a_move_stays_leaving(folder: Path) ->
 
 
 async def test_a_load_stops_when_nobody_waits_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slicing.checkpoint import read_tensor
-
     reads = 0
     began = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -299,8 +297,6 @@ async def test_a_load_stops_when_nobody_waits_for_it(folder: Path, monkeypatch: 
         goes_on.wait()
         return read_tensor(path, stored)
 
-    import threading
-
     goes_on = threading.Event()
     async with serving(folder) as peer:
         monkeypatch.setattr("slicing.loading.read_tensor", slowly)
@@ -309,3 +305,30 @@ async def test_a_load_stops_when_nobody_waits_for_it(folder: Path, monkeypatch: 
     goes_on.set()
     await loop.shutdown_default_executor()
     assert reads < 15, "each of three blocks has nine tensors"
+
+
+async def test_the_port_that_others_reach_is_announced(folder: Path) -> None:
+    async with serving(folder, announce_port=4711) as peer:
+        assert peer.standing.record().addresses == ("127.0.0.1:4711",)
+        assert peer.standing.host is not None and peer.standing.host.port != 4711
+
+
+async def test_sessions_hold_up_a_drain_until_they_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.host.HANDED_OVER_S", 0.3)
+    async with serving(folder) as peer:
+        host = peer.standing.host
+        assert host is not None
+        open_it = Open(bytes(16), 1, host.served.fingerprint, Span(0, 3), "none", 1, 8)
+        session = host.sessions.open(open_it, time.monotonic())
+        assert await host.drained(0.1) == 1, "just opened"
+        assert await host.drained(PATIENCE_S) == 0
+        session.last_used_s = time.monotonic()
+        assert host.holding_up == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"announce_port": 0}, {"announce_port": 65536}, {"drain_s": -1.0}, {"balance_every_s": 0.0}], ids=str
+)
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        PeerConfig(**settings)
