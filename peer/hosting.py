@@ -100,7 +100,8 @@ class Hosting:
             del move
             self._standing.closed()
             await asyncio.to_thread(memory.give_back_weights)
-            self._say(f"moved from blocks {before} to {self._model.span}: {self._model.report}")
+            if self._model.span != before:
+                self._say(f"moved from blocks {before} to {self._model.span}: {self._model.report}")
 
     async def _serve(self) -> _Move:
         """Serves until there is a move, for which everything is ready."""
@@ -117,6 +118,7 @@ class Hosting:
             return await self._next_move(self._balance, serving)
 
     async def _next_move(self, balance: Balance, host: SpanHost) -> _Move:
+        """Waits for a move that pays, and makes everything ready for it. Whatever comes between, `host` serves on."""
         num_blocks = self._first.num_blocks
         assert num_blocks is not None
         balance.arrived()
@@ -126,19 +128,30 @@ class Hosting:
             await self._announcer.announce()
             await asyncio.sleep(self._rng.uniform(*PAUSE_S))  # for the claims of others to arrive
             if await balance.still_due(target):
-                logger.info("blocks %s need this peer more than %s; draining", target, host.model.span)
-                self._standing.drain()
-                host.drain()
-                await self._announcer.announce()
-                await host.drained(self._drain_s)
-                # The swarm may have become another meanwhile.
-                if await balance.still_due(target):
-                    move = await self._prepared(host.model, target)
-                    if move is not None:
-                        return move
+                try:
+                    model = await self._load_beside(host.model, target)
+                except (MemoryError, PotluckError, OSError) as error:
+                    self._say(f"blocks {target} could not be loaded, {host.model.span} are served on: {error}")
                     balance.rest()
+                else:
+                    if await self._drained(balance, host, target):
+                        return _Move(target, model)
+                    model = None
+            await asyncio.to_thread(memory.give_back_weights)
             self._standing.resume()
             await self._resume(host)
+
+    async def _drained(self, balance: Balance, host: SpanHost, target: Span) -> bool:
+        """Sends the sessions elsewhere. Is the move still right before and after that? Loading and draining take time,
+        in which the swarm may have become another."""
+        if not await balance.still_due(target):
+            return False
+        logger.info("blocks %s need this peer more than %s; draining", target, host.model.span)
+        self._standing.drain()
+        host.drain()
+        await self._announcer.announce()
+        await host.drained(self._drain_s)
+        return await balance.still_due(target)
 
     async def _resume(self, host: SpanHost) -> None:
         """The host takes sessions, unless this peer is leaving; the swarm is told."""
@@ -148,16 +161,11 @@ class Hosting:
             host.resume()
         await self._announcer.announce()
 
-    async def _prepared(self, model: SpanModel, target: Span) -> _Move | None:
-        """The move with its model, loaded beside the old one if there is room; None: it cannot be loaded."""
+    async def _load_beside(self, model: SpanModel, target: Span) -> SpanModel | None:
+        """The blocks `target`, while `model` serves on; None: there is no room for both."""
         if not await asyncio.to_thread(self._loader.fits_beside, target, model.span):
-            return _Move(target, None)
-        try:
-            return _Move(target, await self._loader.load(target, model))
-        except (MemoryError, PotluckError, OSError) as error:
-            self._say(f"blocks {target} could not be loaded, {model.span} are served on: {error}")
-        await asyncio.to_thread(memory.give_back_weights)
-        return None
+            return None
+        return await self._loader.load(target, model)
 
     async def _load_alone(self, target: Span) -> SpanModel:
         """The blocks `target`, where they and the old ones do not fit into memory together; should that fail, the old
@@ -167,7 +175,11 @@ class Hosting:
         before, kept = old.span, old.span.overlap(target)
         self._standing.claim(target)
         await self._announcer.announce()
-        rest = None if kept is None else await self._loader.load(kept, old)
+        try:
+            rest = None if kept is None else await self._loader.load(kept, old)
+        except (MemoryError, PotluckError, OSError) as error:
+            self._say(f"blocks {target} could not be loaded: {error}")
+            return old
         self._digests = {} if rest is None else {block: self._digests[block] for block in rest.blocks}
         del old
         while True:

@@ -179,9 +179,17 @@ async def test_a_move_that_somebody_else_claimed_first_is_given_up_unnoticed(fol
         assert peer.standing.host is not None and not peer.standing.host.sessions.draining
 
 
-async def test_a_move_is_given_up_even_when_drained(folder: Path) -> None:
+async def test_a_move_is_given_up_when_somebody_came_while_it_loaded(folder: Path) -> None:
     async with serving(folder) as peer:
         peer.balance.looks = [True, False]
+        peer.balance.targets.put_nowait(Span(3, 6))
+        await peer.until(lambda: "online 0:3 -> 3:6" in peer.told and peer.told[-1] == "online 0:3")
+        assert not any(line.startswith("draining") for line in peer.told)
+
+
+async def test_a_move_is_given_up_even_when_drained(folder: Path) -> None:
+    async with serving(folder) as peer:
+        peer.balance.looks = [True, True, False]
         peer.balance.targets.put_nowait(Span(3, 6))
         await peer.until(lambda: "draining 0:3 -> 3:6" in peer.told and peer.told[-1] == "online 0:3")
         assert peer.standing.host is not None and not peer.standing.host.sessions.draining
@@ -203,6 +211,7 @@ async def test_a_failed_move_leaves_a_peer_that_serves(
             await peer.until(lambda: peer.balance.rested == 1 and peer.told[-1] == "online 0:3")
         assert peer.model is before
         assert any("0:3 are served on" in line for line in peer.said)
+        assert not any(line.startswith("draining") for line in peer.told), "nobody was sent away for nothing"
         peer.balance.targets.put_nowait(Span(3, 6))
         await peer.until(lambda: peer.told[-1] == "online 3:6")
 
@@ -262,9 +271,23 @@ async def test_when_only_the_kept_blocks_can_be_had_they_are_served(
         await peer.until(lambda: peer.told[-1] == "online 1:3")
 
 
+async def test_when_nothing_can_be_read_any_more_the_old_blocks_are_served_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.loading.SpanLoader.fits_beside", lambda *_: False)
+
+    def reads(path: Path, stored: Any) -> torch.Tensor:
+        raise OSError("the disk is gone")
+
+    async with serving(folder) as peer:
+        monkeypatch.setattr("slicing.loading.read_tensor", reads)
+        peer.balance.targets.put_nowait(Span(1, 4))
+        await peer.until(lambda: peer.told[-2:] == ["joining 1:4", "online 0:3"])
+
+
 async def test_who_leaves_in_the_middle_of_a_move_stays_leaving(folder: Path) -> None:
     async with serving(folder) as peer:
-        peer.balance.looks = [True, False]
+        peer.balance.looks = [True, True, False]
         assert peer.standing.host is not None
         host = peer.standing.host
         waits = asyncio.Event()
