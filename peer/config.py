@@ -40,6 +40,9 @@ class PeerConfig:
     announce_host: str | None = field(
         default=None, metadata={"help": "Host that others reach this peer at, if it is not the one it listens on."}
     )
+    announce_port: int | None = field(
+        default=None, metadata={"help": "Port that others reach --port at, if a router forwards another one to it."}
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
     )
@@ -60,6 +63,17 @@ class PeerConfig:
     resume_s: float = field(
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
     )
+    drain_s: float = field(
+        default=20.0,
+        metadata={"help": "So long a peer that leaves or moves waits for its sessions to go on elsewhere."},
+    )
+    balance_every_s: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean time between two looks whether other blocks need this peer more (not with --blocks). "
+            "Not given: minutes, and seconds while blocks lack peers."
+        },
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
     )
@@ -78,7 +92,11 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
+            raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
         for name in (
+            "drain_s",
+            "balance_every_s",
             "kv_tokens",
             "max_sessions",
             "max_step_tokens",

@@ -1,6 +1,6 @@
 """A pump: takes one session's steps in order, has them computed, and hands their outputs on.
 
-    arrivals -> compute thread -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
+    deliveries -> compute thread -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
 
 One task per stream of a client, so that a session's steps and outputs never overtake each other.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 from peer.compute import ComputeThread
 from peer.links import Links
-from peer.session import Arrival, Rerouted, Session, SessionTable
+from peer.meter import Meter
+from peer.session import Delivery, Rerouted, Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
@@ -53,6 +54,7 @@ class Pump:
         worker: Worker,
         compute: ComputeThread,
         links: Links,
+        meter: Meter,
         client: ReplyStream,
     ) -> None:
         self._session = session
@@ -60,42 +62,48 @@ class Pump:
         self._worker = worker
         self._compute = compute
         self._links = links
+        self._meter = meter
         self._client = client
 
     async def run(self) -> None:
         """Until it is cancelled, or a step broke the protocol: the client has been told, the stream must end."""
         session = self._session
         while True:
-            arrival = await session.arrivals.get()
+            delivery = await session.deliveries.get()
             try:
-                if arrival is not None:
-                    await self._execute(arrival)
+                if delivery is not None:
+                    await self._execute(delivery)
                 await self._hand_on()
             except StaleEpoch as error:  # overtaken by a new epoch while it waited: nobody asks for it any more
                 logger.debug("a step was dropped: %s", error)
             except PotluckError as error:
                 fatal = isinstance(error, WireError)
-                await self._client.fail(error, arrival.step.step_id if arrival else 0, fatal=fatal)
+                await self._client.fail(error, delivery.step.step_id if delivery else 0, fatal=fatal)
                 if fatal:
                     return
             finally:
-                if arrival is not None:
-                    arrival.release(self._sessions.messages)
+                if delivery is not None:
+                    delivery.release(self._sessions.messages)
 
-    async def _execute(self, arrival: Arrival) -> None:
-        session, step = self._session, arrival.step
-        if step.step_id < session.next_step and not arrival.pushed:
+    async def _execute(self, delivery: Delivery) -> None:
+        session, step = self._session, delivery.step
+        if step.step_id < session.next_step and not delivery.pushed:
             session.sent = min(session.sent, step.step_id)  # the client asks again
         session.last_used_s = time.monotonic()
-        session.running = self._compute.submit(self._worker.execute, session, step, arrival.arrived_s)
+        session.running = self._compute.submit(self._worker.execute, session, step, delivery.arrived_s)
         try:
-            await asyncio.wrap_future(session.running)
+            cost = await asyncio.wrap_future(session.running)
         except PotluckError:
             raise
         except Exception as error:
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
         session.last_used_s = time.monotonic()
+        output = session.outputs.latest
+        if cost is not None and output is not None:
+            self._meter.note(
+                len(session.span), output.tokens, output.rows, cost.queue_ms, cost.compute_ms, session.last_used_s
+            )
 
     async def _hand_on(self) -> None:
         """Hands on the outputs that the next hop lacks, in order."""

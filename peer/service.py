@@ -1,7 +1,7 @@
 """The gRPC surface of a peer. Turns messages into sessions and steps, errors into typed failures; computes nothing.
 
 Life of a step here: `Infer` (from the client) or `Push` (from the peer before) -> `RequestAssembler.feed` ->
-`Session.arrivals`, which the session's `Pump` empties.
+`Session.deliveries`, which the session's `Pump` empties.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from google.protobuf.message import DecodeError
 from peer.budget import MessageBudget
 from peer.compute import ComputeThread
 from peer.links import Links
+from peer.meter import Meter
 from peer.pump import Pump, ReplyStream
-from peer.session import Arrival, Session, SessionTable
+from peer.session import Delivery, Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -57,6 +58,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     Args:
         describe: makes the current Description.
+        meter: told of each step.
         max_payload_bytes: a larger step is refused by its header.
 
     Attributes:
@@ -71,6 +73,7 @@ class PeerService(pb_grpc.PeerServicer):
         sessions: SessionTable,
         worker: Worker,
         compute: ComputeThread,
+        meter: Meter,
         max_payload_bytes: int,
     ) -> None:
         self.links: Links | None = None
@@ -79,6 +82,7 @@ class PeerService(pb_grpc.PeerServicer):
         self._sessions = sessions
         self._worker = worker
         self._compute = compute
+        self._meter = meter
         self._max_payload_bytes = max_payload_bytes
         self._visits: set[_Visit] = set()
 
@@ -179,7 +183,7 @@ class PeerService(pb_grpc.PeerServicer):
         """The step has arrived whole; `nbytes` of the message budget are its own until it is computed."""
         session.received = max(session.received, step.step_id + 1)
         session.last_used_s = time.monotonic()
-        session.arrivals.put_nowait(Arrival(step, time.perf_counter(), nbytes, pushed))
+        session.deliveries.put_nowait(Delivery(step, time.perf_counter(), nbytes, pushed))
 
     def refused(self, edge: bytes, error: PotluckError, step_id: int) -> None:
         """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
@@ -190,17 +194,14 @@ class PeerService(pb_grpc.PeerServicer):
                 session.sent = step_id if is_latest else route.next_step
                 session.fall_back(error.message)
 
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Tells all clients that this peer is leaving: they find replacements while it still answers."""
-        notice = Notice("draining").to_proto()
-        told = (visit.client.send(notice) for visit in list(self._visits))
-        for outcome in await asyncio.gather(*told, return_exceptions=True):
-            if isinstance(outcome, Exception):
-                logger.debug("a client could not be told that this peer leaves: %r", outcome)
+        for visit in self._visits:
+            visit.tell(Notice("draining"))
 
     def pump(self, session: Session, client: ReplyStream) -> Pump:
         assert self.links is not None
-        return Pump(session, self._sessions, self._worker, self._compute, self.links, client)
+        return Pump(session, self._sessions, self._worker, self._compute, self.links, self._meter, client)
 
     @property
     def sessions(self) -> SessionTable:
@@ -282,6 +283,16 @@ class _Visit:
         await self.client.send(self._service.opened(session).to_proto())
         if self._pumping is None:
             self._pumping = self._tasks.create_task(self._pump(session))
+
+    def tell(self, notice: Notice) -> None:
+        """The client hears it soon."""
+        self._tasks.create_task(self._tell(notice))
+
+    async def _tell(self, notice: Notice) -> None:
+        try:
+            await self.client.send(notice.to_proto())
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
+            logger.debug("a client that has gone was not told: %r", error)
 
     async def leave(self) -> None:
         """The client has come back on another stream; this one's session is its own no longer."""

@@ -25,7 +25,7 @@ RESERVE_TOKENS = 64  # an unannounced session's budget grows by this many tokens
 
 
 @dataclass(slots=True, eq=False)
-class Arrival:
+class Delivery:
     """A step that has arrived whole, and what it holds of the message budget until it is computed."""
 
     step: Step
@@ -58,7 +58,7 @@ class Session:
         edge: what the peer before this one shows with each step that it pushes.
         route: where outputs go; None: the client has not said yet, they wait.
         sent: the step after the last one whose output was handed on.
-        arrivals: steps to compute, in order; None asks to hand on what is kept (the route changed).
+        deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
         running: the step that is in the compute thread's queue.
         handing_on: the push that is under way.
     """
@@ -78,7 +78,7 @@ class Session:
     undelivered: str = ""  # why outputs go to the client, where the route says otherwise
     received: int = 0  # the step after the last one that has arrived whole
     arriving_bytes: int = 0  # of steps, so far, those that are not whole included
-    arrivals: asyncio.Queue[Arrival | None] = field(default_factory=asyncio.Queue)
+    deliveries: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
     running: Future[HopTrace | None] | None = None
     handing_on: asyncio.Future[None] | None = None
     attached: int = 0  # streams that use it now
@@ -109,7 +109,7 @@ class Session:
     def _hand_on_again(self) -> None:
         if self.handing_on is not None and not self.handing_on.done():
             self.handing_on.set_exception(Rerouted())
-        self.arrivals.put_nowait(None)
+        self.deliveries.put_nowait(None)
 
 
 @dataclass(slots=True)
@@ -274,9 +274,9 @@ class SessionTable:
                 session.reserved = 0
                 session.broken = True
                 self.journals.forget(session.outputs)
-            while not session.arrivals.empty():
-                arrival = session.arrivals.get_nowait()
-                if arrival is not None:
-                    arrival.release(self.messages)
+            while not session.deliveries.empty():
+                delivery = session.deliveries.get_nowait()
+                if delivery is not None:
+                    delivery.release(self.messages)
             session.cache = None
             session.outputs = StepLog(keeps_all=False)

@@ -198,7 +198,7 @@ async def test_a_draining_peer_takes_no_new_sessions_and_ends_old_ones_properly(
 ) -> None:
     stream = Stream(stub)
     await stream.send(opening(host).to_proto())
-    await host.drain()
+    host.drain()
     assert isinstance(await Stream(stub).refusal(opening(host, tag=9).to_proto()), PeerDraining)
     assert await stream.send() == Notice("draining"), "clients are told"
     assert isinstance(await stream.send(*step_frames(step())), StepResult)

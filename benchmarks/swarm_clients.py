@@ -1,0 +1,244 @@
+"""Simulated clients: answers run through chains that `client.chain` chooses, meet dead peers, and go round them."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+from benchmarks.swarm_world import Peer, Swarm, World, rtt_ms
+from client.blame import Blame
+from client.chain import Link, choose_chain
+from client.config import ClientConfig
+from client.times import Times
+from protocol.errors import BlocksMissing
+from protocol.span import Span
+
+CONFIG: Final = ClientConfig()
+ANSWER_TOKENS: Final = 200
+PROMPT_TOKENS: Final = 100
+THINK_S: Final = 60.0
+SILENCE_S: Final = 1.0
+"""After which a peer that fell silent in the middle of an answer is given up, at least."""
+SLOWEST_STEPS: Final = 3.0
+PREFILL_GAIN: Final = 10.0
+"""So many times faster a peer computes tokens together than one after the other."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of the answers of all clients. Lists hold one entry per answer, or per failure."""
+
+    answers: int = 0
+    lost: int = 0
+    waited: int = 0
+    waited_s: float = 0.0
+    dead_at_open: int = 0
+    failures_s: list[float] = field(default_factory=list)
+    handovers: int = 0
+    step_ms: list[float] = field(default_factory=list)
+    network_ms: list[float] = field(default_factory=list)
+    hops: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer on its way. `epoch` grows with each new chain, so that what was planned for the old one lapses."""
+
+    number: int
+    links: list[Link] = field(default_factory=list)
+    tokens: float = 0.0
+    step_s: float = 0.0
+    going_since_s: float = 0.0
+    epoch: int = 0
+    waiting_since_s: float | None = None
+    had_to_wait: bool = False
+    notice_s: float = 0.0
+
+
+class Client:
+    """One user: asks, reads the answer, thinks, asks again."""
+
+    def __init__(self, world: World, swarm: Swarm, number: int, tally: Tally) -> None:
+        self._world = world
+        self._swarm = swarm
+        self._tally = tally
+        self._rng = random.Random(world.rng.getrandbits(64))
+        self._blame = Blame(CONFIG.avoid_s, clock=lambda: world.now_s)
+        self._phase = number % world.scenario.phases
+        self._where = (self._rng.uniform(0, world.scenario.world_ms), self._rng.uniform(0, world.scenario.world_ms))
+        self._answers = 0
+        self._number = number
+
+    def think(self) -> None:
+        """Ask again after a while."""
+        self._world.at(self._world.now_s + self._rng.expovariate(1 / THINK_S), self._ask)
+
+    def _ask(self) -> None:
+        self._answers += 1
+        answer = Answer(number=self._number * 1_000_000 + self._answers)
+        self._go_on(answer, Span(0, self._swarm.n_blocks), 0.0)
+
+    # -- routes -------------------------------------------------------------------------------------------------------
+
+    def _go_on(self, answer: Answer, lost: Span, lost_s: float) -> None:
+        """Choose peers for the blocks `lost`, and go on; where some have none, wait for them.
+
+        Args:
+            lost_s: what the failure has cost so far.
+        """
+        try:
+            links, lost_s = self._living_chain(answer, lost, lost_s)
+        except BlocksMissing:
+            self._wait(answer, lost, lost_s)
+            return
+        if answer.waiting_since_s is not None:
+            self._tally.waited_s += self._world.counting * (self._world.now_s - answer.waiting_since_s)
+            answer.waiting_since_s = None
+        kept_before = [link for link in answer.links if link.span.stop <= lost.start]
+        kept_after = [link for link in answer.links if link.span.start >= lost.stop]
+        lost_s += replay_s(links, self._swarm, PROMPT_TOKENS + int(answer.tokens))
+        answer.links = kept_before + links + kept_after
+        self._start(answer, lost_s)
+
+    def _living_chain(self, answer: Answer, wanted: Span, lost_s: float) -> tuple[list[Link], float]:
+        """A chain whose peers all answer; each dead one costs a try, is blamed, and another chain is chosen."""
+        while True:
+            links = self._choose(wanted)
+            dead = [link for link in links if not self._answers_now(link)]
+            if not dead:
+                return links, lost_s
+            self._tally.dead_at_open += self._world.counting
+            for link in dead:
+                self._blame.add(link.peer.peer_id)
+            # All are tried at once: the slowest refusal is waited for.
+            lost_s += max(self._refusal_s(link) for link in dead)
+
+    def _choose(self, wanted: Span) -> list[Link]:
+        """Raises BlocksMissing: some blocks have nobody but peers that failed just now."""
+        reading = self._swarm.read(self._world.now_s, self._phase)
+        peers = reading.view.online(self._swarm.fingerprint)
+        rtts_ms = {p.peer_id: rtt_ms(self._world.scenario, self._where, self._swarm.where[p.peer_id]) for p in peers}
+        avoid = self._blame.avoided()
+        links = choose_chain(peers, wanted, times=Times(rtts_ms=rtts_ms), avoid=avoid, rng=self._rng)
+        if any(link.peer.peer_id in avoid for link in links):
+            raise BlocksMissing("only peers that failed lately serve these blocks")
+        return list(links)
+
+    def _answers_now(self, link: Link) -> bool:
+        """Is the peer there, and does it still serve these blocks?"""
+        peer = self._swarm.peers.get(link.peer.peer_id)
+        return peer is not None and peer.serves and peer.record.span.covers(link.span)
+
+    def _refusal_s(self, link: Link) -> float:
+        if link.peer.peer_id in self._swarm.vanished:
+            return CONFIG.open_timeout_s
+        return rtt_ms(self._world.scenario, self._where, self._swarm.where[link.peer.peer_id]) / 1000
+
+    def _wait(self, answer: Answer, lost: Span, lost_s: float) -> None:
+        now_s = self._world.now_s
+        if answer.waiting_since_s is None:
+            answer.waiting_since_s = now_s
+            self._tally.waited += self._world.counting and not answer.had_to_wait
+            answer.had_to_wait = True
+        if now_s - answer.waiting_since_s >= CONFIG.wait_s:
+            self._tally.lost += self._world.counting
+            self._tally.waited_s += self._world.counting * (now_s - answer.waiting_since_s)
+            self._forget(answer)
+            self.think()
+            return
+        self._world.at(self._swarm.next_read_s(now_s, self._phase), self._go_on, answer, lost, lost_s)
+
+    # -- an answer's steps --------------------------------------------------------------------------------------------
+
+    def _start(self, answer: Answer, lost_s: float) -> None:
+        network_ms, compute_ms = self._times_ms(answer)
+        answer.epoch += 1
+        answer.step_s = (network_ms + compute_ms) / 1000
+        answer.going_since_s = self._world.now_s + lost_s
+        if not answer.tokens and answer.epoch == 1 and self._world.counting:
+            self._tally.step_ms.append(network_ms + compute_ms)
+            self._tally.network_ms.append(network_ms)
+            self._tally.hops.append(len(answer.links))
+        elif self._world.counting and lost_s:
+            self._tally.failures_s.append(lost_s + answer.notice_s)
+        answer.notice_s = 0.0
+        for link in answer.links:
+            self._swarm.peers[link.peer.peer_id].watchers[answer.number] = lambda peer, told: self._lose(
+                answer, peer, told
+            )
+        left = ANSWER_TOKENS - answer.tokens
+        self._world.at(answer.going_since_s + left * answer.step_s, self._finish, answer, answer.epoch)
+
+    def _times_ms(self, answer: Answer) -> tuple[float, float]:
+        """One step along the chain: on the way, and computing."""
+        places = [self._where, *(self._swarm.where[link.peer.peer_id] for link in answer.links), self._where]
+        scenario = self._world.scenario
+        network_ms = sum(rtt_ms(scenario, a, b) / 2 for a, b in pairwise(places))
+        compute_ms = sum(
+            len(link.span) / self._swarm.peers[link.peer.peer_id].machine.blocks_per_s * 1000 for link in answer.links
+        )
+        return network_ms, compute_ms
+
+    def _lose(self, answer: Answer, peer: Peer, told: bool) -> None:
+        """A peer of the chain stops: go round it. One that says so goes on until another has taken over."""
+        now_s = self._world.now_s
+        if answer.waiting_since_s is not None:
+            return
+        span = self._span_of(answer, peer)
+        gone_s = max(0.0, now_s - answer.going_since_s)
+        answer.tokens = min(ANSWER_TOKENS, answer.tokens + math.floor(gone_s / answer.step_s))
+        answer.epoch += 1
+        self._forget(answer)
+        if told:
+            self._tally.handovers += self._world.counting
+            self._go_on(answer, span, 0.0)
+            return
+        self._blame.add(peer.peer_id)
+        crashed_s = rtt_ms(self._world.scenario, self._where, self._swarm.where[peer.peer_id]) / 1000
+        vanished = peer.peer_id in self._swarm.vanished
+        answer.notice_s = max(SILENCE_S, SLOWEST_STEPS * answer.step_s) if vanished else crashed_s
+        self._world.at(now_s + answer.notice_s, self._replace, answer, answer.epoch, span)
+
+    def _replace(self, answer: Answer, epoch: int, span: Span) -> None:
+        if answer.epoch == epoch:
+            self._go_on(answer, span, 0.0)
+
+    def _span_of(self, answer: Answer, peer: Peer) -> Span:
+        spans = [link.span for link in answer.links if link.peer.peer_id == peer.peer_id]
+        return Span(min(s.start for s in spans), max(s.stop for s in spans))
+
+    def _forget(self, answer: Answer) -> None:
+        for link in answer.links:
+            peer = self._swarm.peers.get(link.peer.peer_id)
+            if peer is not None:
+                peer.watchers.pop(answer.number, None)
+
+    def _finish(self, answer: Answer, epoch: int) -> None:
+        if answer.epoch != epoch:
+            return
+        self._tally.answers += self._world.counting
+        self._forget(answer)
+        self.think()
+
+
+def replay_s(links: list[Link], swarm: Swarm, tokens: int) -> float:
+    """How long replacements take to be told what the lost peers knew: all tokens so far, as one prefill.
+
+    The one place where recovery is simulated: what is replayed from where decides how long this takes. Here the
+    nearest living journal is always there, and its line is no bottleneck.
+    """
+    return sum(
+        tokens * len(link.span) / (PREFILL_GAIN * swarm.peers[link.peer.peer_id].machine.blocks_per_s) for link in links
+    )
+
+
+def start_clients(world: World) -> Tally:
+    """Clients ask from the warm-up on, spread over the swarm's models. Returns what they will count."""
+    tally = Tally()
+    for number in range(world.scenario.clients):
+        client = Client(world, world.swarms[number % len(world.swarms)], number, tally)
+        world.at(world.scenario.warm_up_h * 1800, client.think)
+    return tally
