@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peer.placement import MovePolicy, Placed, better_span, choose_span
-from protocol.span import Span
+from peer.placement import REPLICAS_WANTED, MovePolicy, Placed, better_span, choose_span
 
 MOST_PLACEMENTS = 200_000
 """Different placements that are kept while all are tried; a larger case is not small."""
@@ -39,23 +38,31 @@ def _tokens_per_s(n_blocks: int, peers: Sequence[Placed]) -> np.ndarray:
     return tokens_per_s
 
 
-def optimum(case: Case) -> float:
+def optimum(case: Case, *, replicas_first: bool = True) -> float:
     """The most that the weakest block can get if every peer takes all the blocks it can hold: by trying everything.
+
+    Args:
+        replicas_first: only among the placements that lack fewest replicas, as placement itself sees it.
 
     Raises:
         ValueError: there are too many placements to try.
     """
-    found = np.zeros((1, case.n_blocks))
+    found = np.zeros((1, 2, case.n_blocks))
     for num_blocks, rate in zip(case.num_blocks, case.blocks_per_s, strict=True):
         length = min(num_blocks, case.n_blocks)
-        places = [
-            _tokens_per_s(case.n_blocks, [Placed("", Span(start, start + length), rate)])
-            for start in range(case.n_blocks - length + 1)
-        ]
+        places = np.zeros((case.n_blocks - length + 1, 2, case.n_blocks))
+        for start, place in enumerate(places):
+            place[:, start : start + length] = [[1.0], [rate / length]]
         if len(found) * len(places) > MOST_PLACEMENTS:
             raise ValueError("too many placements to try all")
-        found = np.unique((found[:, None] + np.array(places)[None]).reshape(-1, case.n_blocks).round(9), axis=0)
-    return float(found.min(axis=1).max())
+        found = np.unique((found[:, None] + places[None]).reshape(-1, 2, case.n_blocks).round(9), axis=0)
+    if replicas_first:
+        wanted = min(REPLICAS_WANTED, max(1, sum(case.num_blocks) // case.n_blocks))
+        lacking = [(found[:, 0] < replicas).sum(axis=1) for replicas in range(1, wanted + 1)]
+        order = np.lexsort(lacking[::-1])
+        fewest = np.all([lack == lack[order[0]] for lack in lacking], axis=0)
+        found = found[fewest]
+    return float(found[:, 1].min(axis=1).max())
 
 
 def joined(case: Case) -> list[Placed]:

@@ -19,6 +19,7 @@ import hashlib
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -38,6 +39,9 @@ LEAST_WORTH = 0.005
 """Moves that lessen the swarm's dearth by a smaller part of it are not worth simulating."""
 LEVEL = 8192.0
 """Lacking the first replica weighs so many times more than lacking the second: more than any model has blocks."""
+REBUILT_PEERS = 16
+"""So few peers are also placed anew altogether when their moves are simulated."""
+RANDOM_ORDERS = 6
 TIE = 1e-9
 MIN_BLOCKS_PER_S = 1e-6
 """Slower is counted as this: a peer that says 0 still serves."""
@@ -70,6 +74,7 @@ class MovePolicy:
 
     Attributes:
         gain: relative gain of the weakest block's throughput, after all simulated moves, from which they are made.
+        gain_per_move: the same for each of these moves; a peer that moves serves nobody for a minute or two.
         min_stay_s: so long a peer stays where it went, unless blocks lack a replica. The caller, who has the clock,
             asks `better_span` no sooner: see `may_move`.
         check_every_s: mean time between two checks.
@@ -81,7 +86,8 @@ class MovePolicy:
         max_moves: so many moves are simulated.
     """
 
-    gain: float = 0.15
+    gain: float = 0.05
+    gain_per_move: float = 0.02
     min_stay_s: float = 900.0
     check_every_s: float = 300.0
     gap_check_every_s: float = 8.0
@@ -222,13 +228,11 @@ def outlook(
     board = _Board(n_blocks, (*others, me))
     row = board.row(me.peer_id)
     board.num_blocks[row] = num_blocks
-    if board.lack:
-        if not board.could_fill(cuts, row):
-            return Outlook()
+    if board.lack and board.could_fill(cuts, row):
         return Outlook(_fill(row, board, cuts, policy, rng), soon=True)
     if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
         return Outlook()
-    if not board.best_moves(cuts, np.array([row])).improves[0]:
+    if board.lack and any(board.could_fill(cuts, other) for other in board.rows):
         return Outlook()
     return Outlook(_level(row, board, cuts, policy))
 
@@ -266,16 +270,21 @@ def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
 
 def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) -> Span | None:
     """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput."""
-    before, here = board.weakest, board.span(me)
-    for _ in range(policy.max_moves):
-        moves = board.best_moves(cuts, board.rows)
-        worth = np.where(moves.improves & board.spares, moves.worth, -np.inf)
-        best = int(worth.argmax())
-        if worth[best] < LEAST_WORTH * board.dearth:
-            break
-        board.move(best, moves.span(best))
-    target = board.span(me)
-    return target if target != here and board.weakest >= before * (1 + policy.gain) else None
+    aims = [board.copy()]
+    if len(board.rows) <= REBUILT_PEERS:
+        # Single moves get stuck where two peers would have to move together, which matters where there are few.
+        aims += [board.rebuilt(cuts, order) for order in board.orders()]
+    for aim in aims:
+        aim.settle(cuts, policy.max_moves)
+    aim = max(aims, key=lambda aim: (-aim.lack, aim.weakest * (1 - TIE)))
+    span = aim.span(me)
+    moves = int(((aim.starts != board.starts) | (aim.stops != board.stops)).sum())
+    gain = max(policy.gain, policy.gain_per_move * moves)
+    if span == board.span(me) or aim.lack > board.lack or aim.weakest < board.weakest * (1 + gain):
+        return None
+    alone = board.copy()
+    alone.move(me, span)
+    return span if alone.lack <= board.lack else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +402,48 @@ class _Board:
         self.starts[row], self.stops[row] = span.start, span.stop
         self._count()
 
-    def could_fill(self, cuts: tuple[int, ...], row: int) -> bool:
+    def copy(self) -> _Board:
+        """The same, to be moved about."""
+        twin = copy(self)
+        twin.starts, twin.stops = self.starts.copy(), self.stops.copy()
+        return twin
+
+    def orders(self) -> list[Ints]:
+        """Some orders, of rows, in which peers could be placed anew; the same for all who look.
+
+        Those that give each block most first; the longest first; and a few at random.
+        """
+        each = self.rates / self.num_blocks
+        fixed = [np.lexsort((self.rows, -each)), np.lexsort((self.rows, -each, -self.num_blocks))]
+        shuffled = np.random.default_rng(len(self.rows))
+        return fixed + [shuffled.permutation(self.rows) for _ in range(RANDOM_ORDERS)]
+
+    def rebuilt(self, cuts: tuple[int, ...], order: Ints) -> _Board:
+        """As if all came anew in this order."""
+        twin = self.copy()
+        twin.replicas, twin.tokens_per_s = np.zeros_like(self.replicas), np.zeros_like(self.tokens_per_s)
+        for row in order:
+            span = twin.best_place(_windows(cuts, int(self.num_blocks[row])), self.rates[row])
+            twin.starts[row], twin.stops[row] = span.start, span.stop
+            twin.replicas[span.start : span.stop] += 1
+            twin.tokens_per_s[span.start : span.stop] += self.rates[row] / len(span)
+        twin._count()
+        return twin
+
+    def settle(self, cuts: tuple[int, ...], max_moves: int) -> None:
+        """Make the best move of any peer, and then the best one after it, until none is worth much.
+
+        Nobody leaves a block that has no other peer, not even to come back to it.
+        """
+        for _ in range(max_moves):
+            moves = self.best_moves(cuts, self.rows)
+            worth = np.where(moves.improves & self.spares, moves.worth, -np.inf)
+            best = int(worth.argmax())
+            if worth[best] < LEAST_WORTH * self.dearth:
+                return
+            self.move(best, moves.span(best))
+
+    def could_fill(self, cuts: tuple[int, ...], row: int | np.int64) -> bool:
         """Is there a place where this peer would give blocks more of the replicas they lack than where it is?"""
         windows = _windows(cuts, int(self.num_blocks[row]))
         replicas = self.replicas.copy()
