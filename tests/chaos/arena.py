@@ -29,9 +29,10 @@ from tests.proxy import BLACK_HOLE, PASS, SLOW, SLOW_LORIS, Proxies, Proxy, prox
 
 REPLICAS = 2
 LEAVE_S = 30.0  # for a peer to leave after SIGTERM
+SEEN_S = 90.0  # a record that nobody renews lives for 60 s
 PREFILL_TOKENS = 32  # so that a prompt travels in some chunks
 
-CLIENT: Mapping[str, Any] = {"step_timeout_s": 1.0, "open_timeout_s": 1.0, "wait_s": 2 * START_S}
+CLIENT: Mapping[str, Any] = {"wait_s": 2 * START_S}
 """How the client is set, but for the codec."""
 
 
@@ -151,6 +152,7 @@ class Arena:
             code = place.process.wait(LEAVE_S)
             if place.ending is None or (place.ending is signal.SIGTERM and code != 0):
                 complaints.append(f"the peer of {place.third} ended with {code}: {place.process.stderr[-2000:]}")
+            place.ending = place.ending or signal.SIGKILL
             self.swarm.peers.remove(place.process)
         return complaints
 
@@ -158,6 +160,7 @@ class Arena:
         """In the place of each peer that has ended comes another. Returns when the client sees all."""
         for place in self.places:
             if not place.process.is_alive:
+                assert place.ending is not None, f"the peer of {place.third} ended by itself: {place.process.stderr}"
                 place.proxy.upstream_port = _free_port()
                 place.process, place.ending = self._start(place.third, place.proxy, place.proxy.upstream_port), None
         for place in self.places:
@@ -174,7 +177,7 @@ class Arena:
             records = [peer for model in view.models for peer in view.online(model.fingerprint)]
             return {(peer.peer_id, peer.addresses[0]) for peer in records if peer.addresses} == wanted
 
-        until(seen, "the client to see all peers, and no others", 90.0)
+        until(seen, "the client to see all peers, and no others", SEEN_S)
 
     @property
     def client(self) -> SwarmModel:

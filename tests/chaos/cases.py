@@ -37,10 +37,10 @@ DISTURBED = 3  # answers with noise, which must all be the same
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 50},
+    "sampling": {"do_sample": True, "top_k": 50, "temperature": 1.5},
     "beams": {"do_sample": False, "num_beams": 2},
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-    "two rows": {"do_sample": True, "top_k": 50},
+    "two rows": {"do_sample": True, "top_k": 50, "temperature": 1.5},
 }
 
 
