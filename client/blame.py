@@ -5,11 +5,15 @@ Local, and it decays: a peer is avoided, never banned; an edge is tried again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 Edge = tuple[str, str]
 """Ids of two peers, the first of which pushes to the second."""
+
+
+LEAST_S = 0.1  # whatever a peer says of when to come back
 
 
 class Blame:
@@ -29,7 +33,12 @@ class Blame:
 
     def add(self, peer_id: str, retry_after_s: float | None = None) -> None:
         """The peer failed, or is full until `retry_after_s` from now."""
-        self._peers[peer_id] = self._clock() + (self._avoid_s if retry_after_s is None else retry_after_s)
+        wanted_s = math.inf if retry_after_s is None or math.isnan(retry_after_s) else retry_after_s
+        self._peers[peer_id] = self._clock() + min(max(wanted_s, LEAST_S), self._avoid_s)
+
+    def forgive(self, peer_id: str) -> None:
+        """The peer does what it is asked again."""
+        self._peers.pop(peer_id, None)
 
     def add_edge(self, edge: Edge) -> None:
         """What the first peer pushed did not reach the second, though both answer."""

@@ -53,7 +53,9 @@ class ClientConfig:
     wait_s: float = field(
         default=60.0, metadata={"help": "Seconds to wait for blocks that no peer serves, before giving up."}
     )
-    open_timeout_s: float = field(default=2.0, metadata={"help": "Seconds that a peer may take to open a session."})
+    open_timeout_s: float = field(
+        default=2.0, metadata={"help": "Seconds that a peer which answers may take to open a session."}
+    )
     probe_timeout_s: float = field(
         default=0.7, metadata={"help": "Seconds that a peer may take to say how far it is, when a step is late."}
     )
@@ -65,9 +67,6 @@ class ClientConfig:
     prefill_tokens: int = field(
         default=1024, metadata={"help": "A longer prompt travels in chunks of so many tokens (rows x tokens)."}
     )
-    journal_mib: int = field(
-        default=256, metadata={"help": "Memory per session for what replacements of lost peers are told, in MiB."}
-    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -76,7 +75,6 @@ class ClientConfig:
             "step_timeout_s",
             "refresh_s",
             "prefill_tokens",
-            "journal_mib",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")

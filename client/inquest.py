@@ -54,6 +54,9 @@ def judge(reports: Sequence[Report], step_id: int) -> Verdict:
     return Verdict(stuck=len(reports))
 
 
-def arriving(reports: Sequence[Report]) -> tuple[int, ...]:
-    """Bytes that have arrived at each hop: while they grow, a line is slow, not cut."""
-    return tuple(report.arriving_bytes if isinstance(report, Progress) else -1 for report in reports)
+def signs_of_life(reports: Sequence[Report], verdict: Verdict) -> tuple[object, ...]:
+    """What should change while the step is only slow: bytes that arrive, steps that are computed; and the queue of the
+    hop that has it. While it does, a line is slow, not cut, and a peer busy, not stuck."""
+    known = [(r.arriving_bytes, r.next_step) if isinstance(r, Progress) else None for r in reports]
+    busy = reports[verdict.busy] if verdict.busy is not None else None
+    return (verdict.busy, verdict.stuck, *known, busy.queue if isinstance(busy, Progress) else None)

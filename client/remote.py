@@ -18,7 +18,8 @@ from torch import Tensor
 from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
 from client.config import ClientConfig
-from client.session import Session, SessionSpec, SessionStats
+from client.open_chain import SessionSpec, SessionStats
+from client.session import Session
 from client.swarm import ModelPeers, Swarm
 from client.times import Times
 from dht.record import PeerRecord

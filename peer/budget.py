@@ -92,7 +92,10 @@ class JournalBudget:
         with self._lock:
             self._logs[id(log)] = log
             while sum(log.nbytes for log in self._logs.values()) > self.bytes_total:
-                max(self._logs.values(), key=lambda log: log.nbytes).evict()
+                largest = max(self._logs.values(), key=lambda log: log.journal.nbytes)
+                if not largest.journal.nbytes:
+                    return  # what is left are latest steps, which the next hops may not have yet
+                largest.evict()
                 self.evicted += 1
 
     def forget(self, log: StepLog) -> None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
 CLOSE_TIMEOUT_S = 1.0
+MAX_LINKS = 256
 IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
 
 Resolve = Callable[[str], Awaitable[PeerRecord | None]]
@@ -56,29 +57,41 @@ class _Link:
     """The stream to one peer, connected when there is something to say."""
 
     def __init__(self, peer_id: str, resolve: Resolve, refused: Refused) -> None:
+        self.parcels: asyncio.Queue[_Parcel] = asyncio.Queue()
         self._peer_id = peer_id
         self._resolve = resolve
         self._refused = refused
-        self.parcels: asyncio.Queue[_Parcel] = asyncio.Queue()
+        self._at_hand: _Parcel | None = None
+        self._was_reached = False
 
     async def run(self) -> None:
-        """Sends parcels until there have been none for a while. A stream that breaks fails the parcel, not the link."""
+        """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
+        fails the parcel at hand, not the link."""
         while (parcel := await self._next()) is not None:
+            self._at_hand, self._was_reached = parcel, False
             try:
-                async with self._connected() as call, asyncio.TaskGroup() as tasks:
+                async with self._connected() as call, task_group() as tasks:
                     hearing = tasks.create_task(self._hear(call))
                     try:
-                        while parcel is not None:
-                            await self._write(call, parcel)
-                            parcel = await self._next_while(hearing)
+                        while self._at_hand is not None:
+                            await self._write(call, self._at_hand)
+                            self._at_hand = await self._next_while(hearing)
                     finally:
                         hearing.cancel()
-            except* PotluckError as group:
-                if parcel is not None:
-                    parcel.fail(group.exceptions[0])
+            except PeerLost as error:
+                self._fail(error)
+            except Exception:  # whatever the next peer sends must not end this one
+                logger.exception("the stream to peer %s failed", self._peer_id[-8:])
+                self._fail(PeerLost("the stream to the next peer failed", peer_id=self._peer_id))
             finally:
-                if parcel is not None:
-                    parcel.fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+                self._fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+            if not self._was_reached:
+                return
+
+    def _fail(self, error: PeerLost) -> None:
+        parcel, self._at_hand = self._at_hand, None
+        if parcel is not None:
+            parcel.fail(error)
 
     async def _next(self) -> _Parcel | None:
         try:
@@ -108,6 +121,7 @@ class _Link:
                     await channel.channel_ready()
             except TimeoutError:
                 raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id) from None
+            self._was_reached = True
             call = pb_grpc.PeerStub(channel).Push()  # type: ignore[no-untyped-call]  # generated
             try:
                 yield call
@@ -143,6 +157,8 @@ class _Link:
         """Refusals; returns when the stream has ended."""
         try:
             while (reply := await call.read()) is not grpc.aio.EOF:
+                if reply is None:  # grpc.aio's word for bytes that are no message
+                    raise PeerLost("the next peer answers nonsense", peer_id=self._peer_id)
                 failure = Failure.from_proto(reply.failure)
                 self._refused(reply.edge, failure.error, failure.step_id)
         except grpc.aio.AioRpcError as error:
@@ -174,6 +190,9 @@ class Links:
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         written.add_done_callback(_seen)
         if peer_id not in self._links:
+            if len(self._links) >= MAX_LINKS:
+                written.set_exception(PeerLost("this peer pushes to as many others as it can", peer_id=peer_id))
+                return written
             link = _Link(peer_id, self._resolve, self._refused)
             task = self._tasks.create_task(link.run(), name=f"link-{peer_id[-8:]}")
             task.add_done_callback(lambda _: self._ended(peer_id, link))

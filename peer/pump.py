@@ -15,13 +15,13 @@ from typing import Any
 from peer.compute import ComputeThread
 from peer.links import Links
 from peer.meter import Meter
-from peer.session import Delivery, Rerouted, Session, SessionTable
+from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
 from protocol.frames import result_frames
 from protocol.journal import Entry
-from protocol.messages import Failure, StepResult
+from protocol.messages import Failure, Route, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,11 @@ REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again to a new pee
 
 
 class ReplyStream:
-    """What goes back to the client of one `Infer`; replies of several messages are not mixed."""
+    """What goes back to the client of one `Infer`; replies of several messages are not mixed.
+
+    Raises:
+        ClientLeft: by every method: there is nobody any more to hear it.
+    """
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -38,7 +42,10 @@ class ReplyStream:
     async def send(self, *replies: pb.InferReply) -> None:
         async with self._lock:
             for reply in replies:
-                await self._context.write(reply)
+                try:
+                    await self._context.write(reply)
+                except Exception as error:  # grpc.aio has many words for it, none of them public
+                    raise ClientLeft(str(error)) from error
 
     async def fail(self, error: PotluckError, step_id: int = 0, *, fatal: bool = False) -> None:
         await self.send(Failure(error, step_id, fatal).to_proto())
@@ -72,7 +79,10 @@ class Pump:
             delivery = await session.deliveries.get()
             try:
                 if delivery is not None:
-                    await self._execute(delivery)
+                    try:
+                        await self._execute(delivery)
+                    finally:
+                        delivery.release(self._sessions.messages)
                 await self._hand_on()
             except StaleEpoch as error:  # overtaken by a new epoch while it waited: nobody asks for it any more
                 logger.debug("a step was dropped: %s", error)
@@ -81,9 +91,6 @@ class Pump:
                 await self._client.fail(error, delivery.step.step_id if delivery else 0, fatal=fatal)
                 if fatal:
                     return
-            finally:
-                if delivery is not None:
-                    delivery.release(self._sessions.messages)
 
     async def _execute(self, delivery: Delivery) -> None:
         session, step = self._session, delivery.step
@@ -106,15 +113,22 @@ class Pump:
             )
 
     async def _hand_on(self) -> None:
-        """Hands on the outputs that the next hop lacks, in order."""
+        """Hands on the outputs that the next hop lacks, in order. Begins anew whenever the route changes meanwhile."""
         session = self._session
-        while session.route is not None and (pending := await self._pending()):
+        while (route := session.route) is not None:
+            turn = session.turn
+            pending = await self._pending()
+            if session.turn == turn and not pending:
+                return
             for output in pending:
+                if session.turn != turn:
+                    break
                 try:
-                    await self._hand_on_one(output)
+                    await self._hand_on_one(output, route)
                 except Rerouted:
                     break
-                session.sent = output.step_id + 1
+                if session.turn == turn:
+                    session.sent = output.step_id + 1
 
     async def _pending(self) -> list[Entry]:
         session, latest = self._session, self._session.outputs.latest
@@ -123,12 +137,10 @@ class Pump:
         if latest.step_id == session.sent and session.running is not None and session.running.done():
             return [latest]
         # The outputs belong to the compute thread.
-        since = self._compute.submit(session.outputs.since, session.sent, REPLAY_TOKENS)
-        return await asyncio.wrap_future(since)
+        return await self._compute.run(session.outputs.since, session.sent, REPLAY_TOKENS)
 
-    async def _hand_on_one(self, output: Entry) -> None:
-        session, route = self._session, self._session.route
-        assert route is not None
+    async def _hand_on_one(self, output: Entry, route: Route) -> None:
+        session = self._session
         step = output.step(session.epoch)
         if route.peer_id and not session.undelivered:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from slicing import ModelSource, Progress, fingerprint, legal_cuts, load_config,
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "potluck-demo"
+LOOK_AGAIN_S = 1.0  # clients can name peers that do not exist
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +122,12 @@ async def open_peer(
 
 
 async def _resolve(reader: SwarmReader, peer_id: str) -> PeerRecord | None:
-    """A peer's verified record; looks again in the swarm if it is not in the view."""
+    """A peer's verified record; looks again in the swarm if it is not in the view, but not all the time."""
     try:
-        return reader.view.peer(peer_id) or (await reader.refresh()).peer(peer_id)
+        known = reader.view.peer(peer_id)
+        if known is None and time.time() - reader.view.as_of > LOOK_AGAIN_S:
+            known = (await reader.refresh()).peer(peer_id)
+        return known
     except SwarmNotFound as error:
         logger.warning("%s", error)
         return None

@@ -21,11 +21,11 @@ from peer.compute import ComputeThread
 from peer.links import Links
 from peer.meter import Meter
 from peer.pump import Pump, ReplyStream
-from peer.session import Delivery, Session, SessionTable
+from peer.session import ClientLeft, Delivery, Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.errors import BadMessage, PotluckError, StaleEpoch, WireError
+from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
 from protocol.frames import RequestAssembler
 from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
@@ -131,13 +131,15 @@ class PeerService(pb_grpc.PeerServicer):
 
     async def Push(self, requests: AsyncIterator[pb.PushRequest], context: Any) -> None:  # noqa: N802
         arriving: dict[bytes, _Arriving] = {}
+        step_ids: dict[bytes, int] = {}  # of what arrives
         try:
             async for message in requests:
+                if message.request.WhichOneof("kind") == "step":
+                    step_ids[message.edge] = message.request.step.step_id
                 try:
                     self._take(arriving, message)
                 except PotluckError as error:
-                    step_id = message.request.step.step_id
-                    refusal = Failure(error, step_id).to_proto().failure
+                    refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
                     await context.write(pb.PushReply(edge=message.edge, failure=refusal))
         finally:
             for half in arriving.values():
@@ -162,17 +164,16 @@ class PeerService(pb_grpc.PeerServicer):
             half.session = session
         try:
             step = half.feed(message.request)
+            if not isinstance(step, Step):
+                return
+            session = self._sessions.by_edge(message.edge)
+            if step.epoch != session.epoch:
+                raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
         except PotluckError:
             half.release()
             del arriving[message.edge]
             raise
-        if not isinstance(step, Step):
-            return
         del arriving[message.edge]
-        session = self._sessions.by_edge(message.edge)
-        if step.epoch != session.epoch:
-            half.release()
-            raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
         self.pushed += 1
         self.enqueue(session, step, half.hand_over(), pushed=True)
 
@@ -181,6 +182,9 @@ class PeerService(pb_grpc.PeerServicer):
 
     def enqueue(self, session: Session, step: Step, nbytes: int, *, pushed: bool) -> None:
         """The step has arrived whole; `nbytes` of the message budget are its own until it is computed."""
+        if session.broken:  # dropped while the step arrived: nobody would compute it, or give the bytes back
+            self._sessions.messages.release(nbytes)
+            raise SessionLost("this peer does not hold that session any more; replay it")
         session.received = max(session.received, step.step_id + 1)
         session.last_used_s = time.monotonic()
         session.deliveries.put_nowait(Delivery(step, time.perf_counter(), nbytes, pushed))
@@ -191,8 +195,7 @@ class PeerService(pb_grpc.PeerServicer):
             route, latest = session.route, session.outputs.latest
             if route is not None and route.edge == edge and not session.undelivered:
                 is_latest = latest is not None and latest.step_id == step_id
-                session.sent = step_id if is_latest else route.next_step
-                session.fall_back(error.message)
+                session.fall_back(error.message, sent=step_id if is_latest else route.next_step)
 
     def drain(self) -> None:
         """Tells all clients that this peer is leaving: they find replacements while it still answers."""
@@ -236,6 +239,8 @@ class _Visit:
                 await asyncio.wait({self._reading})
                 if self._pumping is not None:
                     self._pumping.cancel()
+        except* ClientLeft:
+            logger.debug("a client left while it was answered")
         finally:
             arriving.release()
             if self._session is not None:  # the stream ended without a Close: the client may come back
@@ -268,14 +273,13 @@ class _Visit:
         mine = self._session
         if mine is not None and (request.session_id != mine.session_id or not request.resume):
             raise BadMessage("a stream carries one session")
-        session = self._service.sessions.open(request, time.monotonic())
+        session = self._session = self._service.sessions.open(request, time.monotonic())
         if mine is not None:
             session.attached -= 1  # the same stream, a new epoch
         else:
             session.owner, before = self, session.owner
             if before is not None:
                 await before.leave()
-        self._session = session
         if session.running is not None and not session.running.done():
             # From here on, `next_step` is what it is: steps of older epochs that still wait are refused.
             await asyncio.gather(asyncio.wrap_future(session.running), return_exceptions=True)
@@ -286,13 +290,8 @@ class _Visit:
 
     def tell(self, notice: Notice) -> None:
         """The client hears it soon."""
-        self._tasks.create_task(self._tell(notice))
-
-    async def _tell(self, notice: Notice) -> None:
-        try:
-            await self.client.send(notice.to_proto())
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
-            logger.debug("a client that has gone was not told: %r", error)
+        if not self._reading.done():
+            self._tasks.create_task(self.client.send(notice.to_proto()))
 
     async def leave(self) -> None:
         """The client has come back on another stream; this one's session is its own no longer."""

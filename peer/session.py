@@ -45,6 +45,10 @@ class Owner(Protocol):
         """Another stream takes the session over."""
 
 
+class ClientLeft(Exception):
+    """The client's stream has ended; whatever was to be said to it is moot."""
+
+
 class Rerouted(Exception):  # not an error, but the end of a wait
     """While an output was handed on, the session's route changed."""
 
@@ -59,6 +63,7 @@ class Session:
         route: where outputs go; None: the client has not said yet, they wait.
         sent: the step after the last one whose output was handed on.
         deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
+        turn: grows whenever what is to be handed on, or where to, changes.
         running: the step that is in the compute thread's queue.
         handing_on: the push that is under way.
     """
@@ -75,6 +80,7 @@ class Session:
     broken: bool = False  # dropped, or a step failed half-way: the cache can no longer be trusted
     route: Route | None = None
     sent: int = 0
+    turn: int = 0
     undelivered: str = ""  # why outputs go to the client, where the route says otherwise
     received: int = 0  # the step after the last one that has arrived whole
     arriving_bytes: int = 0  # of steps, so far, those that are not whole included
@@ -99,17 +105,27 @@ class Session:
         if route.epoch < self.epoch:
             raise StaleEpoch(f"the session is at epoch {self.epoch} already, not {route.epoch}")
         self.route, self.sent, self.undelivered = route, route.next_step, ""
-        self._hand_on_again()
+        self.interrupt()
+        self.deliveries.put_nowait(None)
 
-    def fall_back(self, why: str) -> None:
+    def fall_back(self, why: str, sent: int) -> None:
         """The next peer could not be told: outputs from `sent` on go to the client, which finds another way."""
-        self.undelivered = why
-        self._hand_on_again()
+        self.undelivered, self.sent = why, sent
+        self.interrupt()
+        self.deliveries.put_nowait(None)
 
-    def _hand_on_again(self) -> None:
+    def interrupt(self) -> None:
+        """What is being handed on was for another route, or another epoch."""
+        self.turn += 1
         if self.handing_on is not None and not self.handing_on.done():
             self.handing_on.set_exception(Rerouted())
-        self.deliveries.put_nowait(None)
+
+    def drop_deliveries(self, messages: MessageBudget) -> None:
+        """Nobody will compute what has arrived."""
+        while not self.deliveries.empty():
+            delivery = self.deliveries.get_nowait()
+            if delivery is not None:
+                delivery.release(messages)
 
 
 @dataclass(slots=True)
@@ -190,6 +206,7 @@ class SessionTable:
         if request.edge:
             self._by_edge[request.edge] = session
         session.epoch, session.route, session.undelivered = request.epoch, None, ""
+        session.interrupt()
         session.attached += 1
         session.last_used_s = now_s
         return session
@@ -274,9 +291,6 @@ class SessionTable:
                 session.reserved = 0
                 session.broken = True
                 self.journals.forget(session.outputs)
-            while not session.deliveries.empty():
-                delivery = session.deliveries.get_nowait()
-                if delivery is not None:
-                    delivery.release(self.messages)
+            session.drop_deliveries(self.messages)
             session.cache = None
             session.outputs = StepLog(keeps_all=False)

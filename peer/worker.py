@@ -87,7 +87,8 @@ class Worker:
     # ------------------------------------------------------------------ checks: nothing is changed before they pass
 
     def _checked_inputs(self, session: Session, step: Step) -> dict[str, Tensor]:
-        if session.cache is not None and step.position != (held := _tokens_after(session.cache.n_tokens, step.ops)):
+        cache = session.cache
+        if cache is not None and step.position != (held := _tokens_after(cache.n_tokens, step.ops)):
             raise BadMessage(f"the step starts at token {step.position}, the session is at {held}")
         rows_x_tokens = 0
         for spec in step.tensors:

@@ -153,8 +153,8 @@ class StepLog:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the journal; the latest step is not counted."""
-        return self.journal.nbytes
+        """Bytes of the journal and of the latest step."""
+        return self.journal.nbytes + (self.latest.nbytes if self.latest is not None else 0)
 
     @property
     def whole(self) -> bool:

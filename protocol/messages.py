@@ -17,6 +17,7 @@ from protocol.limits import (
     EDGE_BYTES,
     MAX_BATCH,
     MAX_CACHE_OPS,
+    MAX_COUNT,
     MAX_DIM,
     MAX_DIMS,
     MAX_ERROR_CHARS,
@@ -132,6 +133,7 @@ class Open:
         if len(message.session_id) != SESSION_ID_BYTES:
             raise BadMessage(f"a session id has {SESSION_ID_BYTES} bytes, not {len(message.session_id)}")
         _check_edge(message.edge, optional=True)
+        _check_counts(message.epoch, message.max_tokens)
         if message.stop <= message.start:
             raise BadMessage(f"{message.start}:{message.stop} is not a span of blocks")
         if len(message.fingerprint) > MAX_NAME_CHARS * 2 or len(message.codec) > MAX_NAME_CHARS:
@@ -179,6 +181,7 @@ class Opened:
 
     @classmethod
     def from_proto(cls, message: pb.Opened) -> Opened:
+        _check_counts(message.next_step, message.tokens)
         return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype, message.log_whole)
 
 
@@ -209,6 +212,7 @@ class Route:
         if len(message.peer_id) > MAX_PEER_ID_CHARS:
             raise BadMessage("a peer id is too long")
         _check_edge(message.edge, optional=not message.peer_id)
+        _check_counts(message.epoch, message.next_step)
         return cls(message.epoch, message.next_step, message.peer_id, message.edge)
 
 
@@ -271,6 +275,7 @@ class Step:
             raise BadMessage(f"{len(message.ops)} cache operations on one step; {MAX_CACHE_OPS} at most")
         if len(message.trace) > MAX_TRACE:
             raise BadMessage(f"a step that passed {len(message.trace)} hops; {MAX_TRACE} at most")
+        _check_counts(message.epoch, message.step_id, message.position)
         ops = tuple(CacheOp.from_proto(op) for op in message.ops)
         trace = tuple(HopTrace.from_proto(hop) for hop in message.trace)
         return cls(message.epoch, message.step_id, message.position, tensors, payload, ops, trace)
@@ -387,6 +392,11 @@ class Failure:
             peer_id=message.peer_id or None,
         )
         return cls(error, message.step_id, message.fatal)
+
+
+def _check_counts(*counts: int) -> None:
+    if max(counts) > MAX_COUNT:
+        raise BadMessage("a count of steps, tokens or epochs is beyond all bounds")
 
 
 def _check_edge(token: bytes, *, optional: bool) -> None:

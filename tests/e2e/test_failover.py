@@ -12,7 +12,7 @@ import random
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.chain import Link
 from client.hop import Hop
 from client.model import SwarmModel, SwarmModelForCausalLM
-from client.session import Session, SessionStats
+from client.open_chain import OpenChain, SessionStats
+from client.session import Session
 from protocol.journal import Entry
 from protocol.messages import Step
 from tests.e2e.support import answers_at_length, unsplit
@@ -140,36 +142,36 @@ class Fault:
 @contextmanager
 def struck_by(fault: Fault, peers: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the fault happens, once; afterwards it has."""
-    send, commit = Session._send, Session._commit
+    send, commit = OpenChain.send, Session._commit
 
-    def strikes(session: Session, step_id: int, *moments: Moment) -> bool:
+    def strikes(links: Sequence[Link], step_id: int, *moments: Moment) -> bool:
         if step_id != fault.at or fault.moment not in moments or fault.victim is not None:
             return False
-        (link,) = (link for link in session.chain if str(link.span) == fault.half)
+        (link,) = (link for link in links if str(link.span) == fault.half)
         fault.victim = peers.peer(link.peer.peer_id)
         return True
 
-    async def _send(session: Session, hop: Hop, step: Step) -> None:
-        if strikes(session, step.step_id, "before"):
+    async def _send(chain: OpenChain, hop: Hop, step: Step) -> None:
+        if strikes(chain.links, step.step_id, "before"):
             assert fault.victim is not None
             fault.do(fault.victim)
-        if not strikes(session, step.step_id, "during"):
-            await send(session, hop, step)
+        if not strikes(chain.links, step.step_id, "during"):
+            await send(chain, hop, step)
             return
         assert fault.victim is not None
         fault.victim.send(signal.SIGSTOP)  # it cannot be done with the step before it dies
-        await send(session, hop, step)
+        await send(chain, hop, step)
         await asyncio.sleep(0.05)  # the step is on its way to it
         fault.do(fault.victim)
 
     def _commit(session: Session, entry: Entry) -> None:
         commit(session, entry)
-        if strikes(session, entry.step_id, "after"):
+        if strikes(session.chain, entry.step_id, "after"):
             assert fault.victim is not None
             fault.do(fault.victim)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_send", _send)
+        patch.setattr(OpenChain, "send", _send)
         patch.setattr(Session, "_commit", _commit)
         yield
     assert fault.victim is not None, "the fault did not happen"
