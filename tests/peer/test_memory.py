@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.config import PeerConfig
+from peer.host import probe_kv_bytes
+from peer.loading import SpanLoader
 from peer.memory import KV_TOKENS_MAX, KV_TOKENS_MIN, MARGIN_SHARE, blocks_that_fit, fewer_blocks, kv_tokens
 from protocol.errors import UserError
+from protocol.span import Span
+from slicing import load_span, resolve
+from tests.harness import served
+from tests.slicing.architectures import make_checkpoint
 
 EVEN = [100] * 24
 ANYWHERE = range(25)
@@ -93,3 +101,20 @@ def test_room_for_tokens() -> None:
     assert kv_tokens(1000 * 10_000, 1000) == 5000, "half at most"
     assert kv_tokens(0, 1000) == KV_TOKENS_MIN
     assert kv_tokens(1 << 60, 1) == KV_TOKENS_MAX
+
+
+def test_a_loader_goes_by_the_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("llama", tmp_path)
+    config = PeerConfig(kv_tokens=100, device="cpu", dtype="bfloat16")
+    loader = SpanLoader.choose(config, resolve(str(tmp_path)), served(tmp_path))
+    model = load_span(loader.source, Span(0, 3), dtype=loader.dtype)
+    needed = sum(p.nbytes for block in model.blocks.values() for p in block.parameters()) + 100 * probe_kv_bytes(model)
+    enough = int(needed / (1 - MARGIN_SHARE)) + 2
+    monkeypatch.setattr("peer.memory.free_bytes", lambda device: enough)
+    assert loader.num_blocks() == 3
+    monkeypatch.setattr("peer.memory.free_bytes", lambda device: int(enough * 0.98))
+    assert loader.num_blocks() == 2
+    assert loader.fits_beside(Span(3, 6), Span(0, 3)) and not loader.fits_beside(Span(2, 6), Span(0, 2))
+    monkeypatch.setattr("peer.memory.free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match="not even 1 of the model's 6 blocks fits"):
+        loader.num_blocks()
