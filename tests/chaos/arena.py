@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from tests.processes import (
 )
 from tests.proxy import BLACK_HOLE, PASS, SLOW, SLOW_LORIS, Proxies, Proxy, proxies
 
+_ERROR = re.compile(r"[\w.]*(Error|Exception|ExceptionGroup|Exit|Interrupt)\b")
 REPLICAS = 2
 LEAVE_S = 30.0  # for a peer to leave after SIGTERM
 SEEN_S = 90.0  # a record that nobody renews lives for 60 s
@@ -178,6 +181,15 @@ class Arena:
             return {(peer.peer_id, peer.addresses[0]) for peer in records if peer.addresses} == wanted
 
         until(seen, "the client to see all peers, and no others", SEEN_S)
+
+    def tracebacks(self) -> Counter[str]:
+        """What peers wrote of errors that they did not expect, by its last line."""
+        found: Counter[str] = Counter()
+        for log in sorted((self.swarm.home / "logs").glob("*.err")):
+            for text in log.read_text(errors="replace").split("Traceback (most recent call last):")[1:]:
+                ends = [line for line in text.splitlines() if _ERROR.match(line.lstrip(" |"))]
+                found[ends[0].strip(" |") if ends else "?"] += 1
+        return found
 
     @property
     def client(self) -> SwarmModel:

@@ -278,6 +278,8 @@ def go_through(chaos: Chaos, wanted: int, cases: list[tuple[str, str]]) -> list[
                 break
     finally:
         print(report.table(runs))
+        for line, times in chaos.arena.tracebacks().items():
+            print(f"{times} x in the peers' logs: {line}")
         if path := os.environ.get("CHAOS_REPORT"):
             report.write(Path(path), SEED, runs)
     return runs
