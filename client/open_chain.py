@@ -280,8 +280,9 @@ class OpenChain:
                 if failure.message != said:
                     said = failure.message
                     self._on_event(f"waiting: {said}")
-                await trial.patience.after(failure)
-                await self._peers.refresh()
+                if trial.exhausted:
+                    await self._peers.refresh()
+                await trial.again(failure)
                 continue
             renewed = to_renew(opened, step_id, stateless=self._spec.stateless)
             if not renewed:
@@ -307,6 +308,7 @@ class OpenChain:
             links = [self._choose(gap, without=trial.lost) for gap in gaps]
         except BlocksMissing:
             trial.lost.clear()
+            trial.exhausted = True
             links = [self._choose(gap) for gap in gaps]
         for link in itertools.chain(*links):
             self.hops.append(Hop(link, self._peers.channel(link.peer), self._secret, self.inbox))

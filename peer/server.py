@@ -121,11 +121,11 @@ async def open_peer(
         yield Peer(node, announcer, standing, found)
 
 
-async def _resolve(reader: SwarmReader, peer_id: str) -> PeerRecord | None:
-    """A peer's verified record; looks again in the swarm if it is not in the view, but not all the time."""
+async def _resolve(reader: SwarmReader, peer_id: str, useless: PeerRecord | None) -> PeerRecord | None:
+    """A peer's verified record. Looks again, but not all the time, if it is not in the view, or was of no use."""
     try:
         known = reader.view.peer(peer_id)
-        if known is None and time.time() - reader.view.as_of > LOOK_AGAIN_S:
+        if known in (None, useless) and time.time() - reader.view.as_of > LOOK_AGAIN_S:
             known = (await reader.refresh()).peer(peer_id)
         return known
     except SwarmNotFound as error:

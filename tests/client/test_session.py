@@ -16,6 +16,7 @@ from client.blame import Blame
 from client.config import ClientConfig
 from client.open_chain import SessionSpec
 from client.session import Session
+from dht.record import PeerRecord
 from peer.host import SpanHost
 from protocol.errors import BlocksMissing
 from protocol.journal import Entry, Part
@@ -358,7 +359,7 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
         assert links is not None
         found = links._resolve
 
-        async def nobody(peer_id: str) -> None:
+        async def nobody(peer_id: str, useless: PeerRecord | None) -> None:
             return None
 
         links._resolve = nobody
