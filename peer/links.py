@@ -59,26 +59,39 @@ class _Link:
         self._peer_id = peer_id
         self._resolve = resolve
         self._refused = refused
+        self._is_unreachable = False
         self.parcels: asyncio.Queue[_Parcel] = asyncio.Queue()
+        self.ending: BaseException = PeerLost("this peer is closing its streams", peer_id=peer_id)
 
     async def run(self) -> None:
-        """Sends parcels until there have been none for a while. A stream that breaks fails the parcel, not the link."""
-        while (parcel := await self._next()) is not None:
-            try:
-                async with self._connected() as call, asyncio.TaskGroup() as tasks:
-                    hearing = tasks.create_task(self._hear(call))
-                    try:
-                        while parcel is not None:
-                            await self._write(call, parcel)
-                            parcel = await self._next_while(hearing)
-                    finally:
-                        hearing.cancel()
-            except* PotluckError as group:
-                if parcel is not None:
-                    parcel.fail(group.exceptions[0])
-            finally:
-                if parcel is not None:
-                    parcel.fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+        """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
+        fails the parcel, not the link."""
+        while not self._is_unreachable and (parcel := await self._next()) is not None:
+            await self._carry(parcel)
+            del parcel  # a link may rest for long, with nothing in its hands
+
+    async def _carry(self, parcel: _Parcel | None) -> None:
+        """Sends `parcel`, and more over the same stream, for as long as it lasts."""
+        self._is_unreachable = True
+        try:
+            async with self._connected() as call, asyncio.TaskGroup() as tasks:
+                self._is_unreachable = False
+                hearing = tasks.create_task(self._hear(call))
+                try:
+                    while parcel is not None:
+                        await self._write(call, parcel)
+                        parcel = None
+                        parcel = await self._next_while(hearing)
+                finally:
+                    hearing.cancel()
+        except* PotluckError as group:
+            if self._is_unreachable:
+                self.ending = group.exceptions[0]
+            if parcel is not None:
+                parcel.fail(group.exceptions[0])
+        finally:
+            if parcel is not None:
+                parcel.fail(self.ending)
 
     async def _next(self) -> _Parcel | None:
         try:
@@ -190,7 +203,7 @@ class Links:
         if peer_id in self._links and self._links[peer_id][0] is link:
             del self._links[peer_id]
         while not link.parcels.empty():
-            link.parcels.get_nowait().fail(PeerLost("this peer is closing its streams", peer_id=peer_id))
+            link.parcels.get_nowait().fail(link.ending)
 
 
 def _seen(written: asyncio.Future[None]) -> None:
