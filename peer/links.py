@@ -63,30 +63,41 @@ class _Link:
         self._refused = refused
         self._at_hand: _Parcel | None = None
         self._was_reached = False
+        self.ending = self._closing()  # what parcels hear that are left when the link has ended
 
     async def run(self) -> None:
         """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
         fails the parcel at hand, not the link."""
-        while (parcel := await self._next()) is not None:
-            self._at_hand, self._was_reached = parcel, False
+        while await self._pick_up():
+            self._was_reached = False
             try:
                 async with self._connected() as call, task_group() as tasks:
                     hearing = tasks.create_task(self._hear(call))
                     try:
                         while self._at_hand is not None:
                             await self._write(call, self._at_hand)
+                            self._at_hand = None  # a link may rest for long
                             self._at_hand = await self._next_while(hearing)
                     finally:
                         hearing.cancel()
             except PeerLost as error:
+                self.ending = error
                 self._fail(error)
             except Exception:  # whatever the next peer sends must not end this one
                 logger.exception("the stream to peer %s failed", self._peer_id[-8:])
                 self._fail(PeerLost("the stream to the next peer failed", peer_id=self._peer_id))
             finally:
-                self._fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+                self._fail(self.ending)
             if not self._was_reached:
                 return
+            self.ending = self._closing()
+
+    def _closing(self) -> PeerLost:
+        return PeerLost("this peer is closing its streams", peer_id=self._peer_id)
+
+    async def _pick_up(self) -> bool:
+        self._at_hand = await self._next()
+        return self._at_hand is not None
 
     def _fail(self, error: PeerLost) -> None:
         parcel, self._at_hand = self._at_hand, None
@@ -213,7 +224,7 @@ class Links:
         if peer_id in self._links and self._links[peer_id][0] is link:
             del self._links[peer_id]
         while not link.parcels.empty():
-            link.parcels.get_nowait().fail(PeerLost("this peer is closing its streams", peer_id=peer_id))
+            link.parcels.get_nowait().fail(link.ending)
 
 
 def _seen(written: asyncio.Future[None]) -> None:

@@ -563,7 +563,7 @@ def _disturb_tensors(rng: random.Random, message: Any) -> None:
         case 1:
             part = rng.choice(step.tensors)
             step.tensors.add().CopyFrom(part)
-            message.chunk += bytes(part.nbytes)
+            message.chunk += bytes(min(part.nbytes, CHUNK_BYTES))
         case 2:
             dtype, size = rng.choice((("bool", 1), ("int64", 8), ("float32", 4), ("uint8", 1)))
             shape = [rng.choice((0, 1, 2, 3, 7)) for _ in range(rng.randint(0, 4))]
