@@ -35,7 +35,7 @@ REPLICAS_WANTED = 3
 """Beyond so many replicas of a block only throughput counts."""
 LEAST_SHARE = 0.01
 """Added to a block's share of throughput, so that a block without any is infinitely poor only nearly."""
-LEAST_WORTH = 0.005
+LEAST_WORTH = 0.0003
 """Moves that lessen the swarm's dearth by a smaller part of it are not worth simulating."""
 LEVEL = 8192.0
 """Lacking the first replica weighs so many times more than lacking the second: more than any model has blocks."""
@@ -56,11 +56,13 @@ class Placed:
 
     Attributes:
         blocks_per_s: block-tokens per second: one token through one block counts one.
+        serves: False while it loads: it has claimed its place, but nobody can leave the blocks to it yet.
     """
 
     peer_id: str
     span: Span
     blocks_per_s: float
+    serves: bool = True
 
     @property
     def tokens_per_s(self) -> float:
@@ -74,7 +76,8 @@ class MovePolicy:
 
     Attributes:
         gain: relative gain of the weakest block's throughput, after all simulated moves, from which they are made.
-        gain_per_move: the same for each of these moves; a peer that moves serves nobody for a minute or two.
+        gain_if_all_move: the same if these moves are of all peers, and less where they are of fewer: a peer that moves
+            serves nobody for a minute or two.
         min_stay_s: so long a peer stays where it went, unless blocks lack a replica. The caller, who has the clock,
             asks `better_span` no sooner: see `may_move`.
         check_every_s: mean time between two checks.
@@ -87,7 +90,7 @@ class MovePolicy:
     """
 
     gain: float = 0.05
-    gain_per_move: float = 0.02
+    gain_if_all_move: float = 0.25
     min_stay_s: float = 900.0
     check_every_s: float = 300.0
     gap_check_every_s: float = 8.0
@@ -111,7 +114,8 @@ def placed(records: Iterable[PeerRecord], *, prior_blocks_per_s: float) -> tuple
         if record.state == "offline":
             continue
         span = record.span if record.moving_to is None else record.moving_to
-        found.append(Placed(record.peer_id, span, _blocks_per_s(record, prior_blocks_per_s)))
+        serves = record.state == "online" and record.moving_to is None
+        found.append(Placed(record.peer_id, span, _blocks_per_s(record, prior_blocks_per_s), serves))
     return tuple(found)
 
 
@@ -270,21 +274,22 @@ def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
 
 def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) -> Span | None:
     """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput."""
+    few = len(board.rows) <= REBUILT_PEERS
+    if not few and not board.is_among_best(cuts, me, policy.max_moves):
+        return None
     aims = [board.copy()]
-    if len(board.rows) <= REBUILT_PEERS:
+    if few:
         # Single moves get stuck where two peers would have to move together, which matters where there are few.
         aims += [board.rebuilt(cuts, order) for order in board.orders()]
     for aim in aims:
         aim.settle(cuts, policy.max_moves)
     aim = max(aims, key=lambda aim: (-aim.lack, aim.weakest * (1 - TIE)))
     span = aim.span(me)
-    moves = int(((aim.starts != board.starts) | (aim.stops != board.stops)).sum())
-    gain = max(policy.gain, policy.gain_per_move * moves)
+    moved = float(((aim.starts != board.starts) | (aim.stops != board.stops)).mean())
+    gain = max(policy.gain, policy.gain_if_all_move * moved)
     if span == board.span(me) or aim.lack > board.lack or aim.weakest < board.weakest * (1 + gain):
         return None
-    alone = board.copy()
-    alone.move(me, span)
-    return span if alone.lack <= board.lack else None
+    return span if board.leads_to(aim, me) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +359,7 @@ class _Board:
         self.starts = np.array([peer.span.start for peer in ordered], dtype=np.int64)
         self.stops = np.array([peer.span.stop for peer in ordered], dtype=np.int64)
         self.rates = np.maximum([peer.blocks_per_s for peer in ordered], MIN_BLOCKS_PER_S)
+        self.serves = np.array([peer.serves for peer in ordered], dtype=bool)
         self.num_blocks = self.stops - self.starts
         memory = int(self.num_blocks.sum()) + newcomer_blocks
         wanted = min(REPLICAS_WANTED, max(1, memory // n_blocks))
@@ -394,13 +400,25 @@ class _Board:
 
     @property
     def spares(self) -> NDArray[np.bool_]:
-        """Has each block of a peer another one? [peers]"""
-        alone = np.concatenate(([0], (self.replicas < 2).cumsum()))
+        """Has each block of a peer another one that serves it already? [peers]"""
+        starts, stops = self.starts[self.serves], self.stops[self.serves]
+        size = self.n_blocks + 1
+        serving = (np.bincount(starts, minlength=size) - np.bincount(stops, minlength=size)).cumsum()[:-1]
+        alone = np.concatenate(([0], (serving < 2).cumsum()))
         return np.asarray(alone[self.stops] == alone[self.starts])
 
     def move(self, row: int, span: Span) -> None:
         self.starts[row], self.stops[row] = span.start, span.stop
         self._count()
+
+    def is_among_best(self, cuts: tuple[int, ...], row: int, moves: int) -> bool:
+        """Is this peer's best move worth something, and so much that few others' are worth more?"""
+        least = LEAST_WORTH * self.dearth
+        own = self.best_moves(cuts, np.array([row]))
+        if not own.improves[0] or own.worth[0] < least:
+            return False
+        every = self.best_moves(cuts, self.rows)
+        return int((every.improves & self.spares & (every.worth > own.worth[0])).sum()) < moves
 
     def copy(self) -> _Board:
         """The same, to be moved about."""
@@ -442,6 +460,26 @@ class _Board:
             if worth[best] < LEAST_WORTH * self.dearth:
                 return
             self.move(best, moves.span(best))
+
+    def leads_to(self, aim: _Board, first: int) -> bool:
+        """Can all go to where they are in `aim`, one after the other, `first` before them, and no block suffer?
+
+        Meanwhile nobody may leave a block that has no other peer, and no block may come to lack replicas.
+        """
+        now, left = self, [int(row) for row in np.flatnonzero((aim.starts != self.starts) | (aim.stops != self.stops))]
+        following = [first]
+        while left:
+            spares = now.spares
+            for row in following:
+                after = now.copy()
+                after.move(row, aim.span(row))
+                if spares[row] and after.lack <= self.lack:
+                    break
+            else:
+                return False
+            left.remove(row)
+            now, following = after, left
+        return True
 
     def could_fill(self, cuts: tuple[int, ...], row: int | np.int64) -> bool:
         """Is there a place where this peer would give blocks more of the replicas they lack than where it is?"""
