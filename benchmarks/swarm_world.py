@@ -20,14 +20,14 @@ from dht.config import DhtConfig
 from dht.record import PeerRecord
 from dht.view import Findings, SwarmView, make_view, merge
 from peer.neighbours import likely_next
-from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, next_check_s, outlook, placed
+from peer.placement import MovePolicy, Placed, choose_span, could_help, lack, next_check_s, outlook, placed
 from protocol.span import Span
 
 DHT: Final = DhtConfig()
 KV_TOKENS: Final = 65536
 EXPIRED_S: Final = 1e-3
 """So long after a record expired, it surely has."""
-PING_EVERY_S: Final = 300.0
+PING_EVERY_S: Final = 900.0
 """Between two measurements of a peer's round trips to likely next ones."""
 
 
@@ -71,7 +71,7 @@ class Scenario:
     world_ms: float = 100.0
     last_mile_ms: float = 4.0
     clients: int = 20
-    phases: int = 2
+    phases: int = 1
     warm_up_h: float = 1.0
 
     @property
@@ -128,6 +128,7 @@ class Reading:
     findings: Findings = field(default_factory=Findings)
     view: SwarmView = field(default_factory=SwarmView)
     placed: tuple[Placed, ...] = ()
+    helpers: frozenset[str] = frozenset()
     next_expiry_s: float = math.inf
     pending: list[tuple[float, PeerRecord]] = field(default_factory=list)
 
@@ -175,6 +176,7 @@ class Swarm:
         reading.findings = merge(reading.findings, Findings(peers=fresh), now_s)
         reading.view = make_view(reading.findings, read_at_s)
         reading.placed = placed(reading.view.peers(self.fingerprint), prior_blocks_per_s=self._prior)
+        reading.helpers = could_help(self.n_blocks, self.cuts, reading.placed)
         reading.next_expiry_s = min((p.expires_at for p in reading.findings.peers.values()), default=math.inf)
         return reading
 
@@ -319,7 +321,7 @@ class World:
 
     def _check_later(self, peer: Peer, gap: bool | None = None) -> None:
         if gap is None:
-            gap = lacking(peer.swarm.n_blocks, peer.swarm.read(self.now_s, peer.phase).placed)
+            gap = peer.peer_id in peer.swarm.read(self.now_s, peer.phase).helpers
         at_s = self.now_s + next_check_s(self.policy, self.rng, gap=gap)
         if gap and self.now_s < peer.check_at_s <= at_s:
             return
@@ -421,15 +423,15 @@ class World:
         peer.record = replace(peer.record, rtts_ms=tuple((peer_id, ms) for ms, peer_id in rtts))
 
     def _news(self, swarm: Swarm) -> None:
-        """Who will serve what has changed: peers see it at their next read, and look again if blocks lack replicas."""
+        """Who will serve what has changed: peers see it at their next read, and those who could help look again."""
         for phase in range(self.scenario.phases):
             self.at(swarm.next_read_s(self.now_s, phase), self._look, swarm, phase)
 
     def _look(self, swarm: Swarm, phase: int) -> None:
-        if lacking(swarm.n_blocks, swarm.read(self.now_s, phase).placed):
-            for peer in swarm.peers.values():
-                if peer.phase == phase and peer.serves:
-                    self._check_later(peer, gap=True)
+        helpers = swarm.read(self.now_s, phase).helpers
+        for peer in swarm.peers.values() if helpers else ():
+            if peer.phase == phase and peer.serves and peer.peer_id in helpers:
+                self._check_later(peer, gap=True)
 
     def _measured(self, peer: Peer) -> float:
         return peer.machine.blocks_per_s * max(0.1, 1 + self.rng.gauss(0, self.scenario.noise))

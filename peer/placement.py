@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -92,7 +92,7 @@ class MovePolicy:
     gain: float = 0.05
     gain_if_all_move: float = 0.25
     min_stay_s: float = 900.0
-    check_every_s: float = 300.0
+    check_every_s: float = 600.0
     gap_check_every_s: float = 8.0
     jitter: float = 0.5
     stand_in: float = 0.1
@@ -175,6 +175,15 @@ def lacking(n_blocks: int, peers: Iterable[Placed]) -> bool:
     return lack(n_blocks, peers) > 0
 
 
+def could_help(n_blocks: int, legal_cuts: Sequence[int], peers: Sequence[Placed]) -> frozenset[str]:
+    """The ids of those who could give blocks replicas that they lack, by moving: who should look soon."""
+    board = _Board(n_blocks, peers, legal_cuts)
+    if not board.lack or not board.peer_ids:
+        return frozenset()
+    gains, _ = board.lack_gains(board.rows)
+    return frozenset(board.peer_ids[row] for row in np.flatnonzero(board.serves & (gains > 0)))
+
+
 def may_move(policy: MovePolicy, stayed_s: float, *, gap: bool) -> bool:
     """Has a peer that came `stayed_s` ago stayed long enough to be asked whether it moves?"""
     return gap or stayed_s >= policy.min_stay_s
@@ -228,61 +237,64 @@ def outlook(
         rng: for standing in, rarely, for a peer whose turn it is and that does not go; None: never.
         settled: has it stayed where it is for `policy.min_stay_s`? If not, it moves only to give replicas.
     """
-    cuts = tuple(legal_cuts)
-    board = _Board(n_blocks, (*others, me))
+    board = _Board(n_blocks, (*others, me), legal_cuts)
     row = board.row(me.peer_id)
     board.num_blocks[row] = num_blocks
-    if board.lack and board.could_fill(cuts, row):
-        return Outlook(_fill(row, board, cuts, policy, rng), soon=True)
+    if board.lack and board.lack_gains(np.array([row]))[0][0] > 0:
+        return Outlook(_fill(row, board, policy, rng), soon=True)
     if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
         return Outlook()
-    if board.lack and any(board.could_fill(cuts, other) for other in board.rows):
+    if board.lack and (board.serves & (board.lack_gains(board.rows)[0] > 0)).any():
         return Outlook()
-    return Outlook(_level(row, board, cuts, policy))
+    return Outlook(_level(row, board, policy))
 
 
-def _fill(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy, rng: random.Random | None) -> Span | None:
+def _fill(me: int, board: _Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
     """Where the peer of row `me` goes to give blocks a replica they lack: if it is its turn, or in another's stead."""
-    could, own = 0, None
+    could = 0
+    own: Span | None = None
     for _ in range(policy.max_moves):
-        moves = board.best_moves(cuts, board.rows)
-        filling = np.flatnonzero(moves.lack_gain > 0)
-        if not filling.size:
+        gain, meanwhile = board.lack_gains(board.rows)
+        able = board.serves & (gain > 0)
+        if not able.any():
             break
         if own is None:
-            could, own = filling.size, moves.span(me)
-        first = _first(filling, moves, board)
+            could, own = int(able.sum()), board.best_moves(np.array([me])).span(0)
+        value = np.where(able, gain - meanwhile / 4, -np.inf)
+        rows = np.flatnonzero(value == value.max())
+        first, span = _first(rows, board.best_moves(rows), board)
         if first == me:
-            return moves.span(first)
-        board.move(first, moves.span(first))
+            return span
+        board.move(first, span)
     stands_in = rng is not None and rng.random() * max(could, 1) < policy.stand_in
     return own if stands_in else None
 
 
-def _first(rows: Ints, moves: _Moves, board: _Board) -> int:
-    """Whose turn it is to go where replicas lack. Only whole numbers count: nobody knows the others' speed exactly."""
-    gain = (moves.lack_gain - moves.lack_meanwhile / 4)[rows]
-    rows = rows[gain == gain.max()]
-    load = moves.blocks_to_load[rows]
-    rows = rows[load == load.min()]
+def _first(rows: Ints, moves: _Moves, board: _Board) -> tuple[int, Span]:
+    """Which of these, whose moves give equally many replicas, goes first: who has least to load, else by its id.
 
-    def chance(row: np.int64) -> bytes:
-        return hashlib.sha256(f"{board.peer_ids[row]} {moves.span(int(row))}".encode()).digest()
+    Speeds do not count: nobody knows the others' exactly, and all have to come to the same answer.
+    """
+    least = np.flatnonzero(moves.blocks_to_load == moves.blocks_to_load.min())
 
-    return int(max(rows, key=chance))
+    def chance(index: np.int64) -> bytes:
+        return hashlib.sha256(f"{board.peer_ids[rows[index]]} {moves.span(int(index))}".encode()).digest()
+
+    index = int(max(least, key=chance))
+    return int(rows[index]), moves.span(index)
 
 
-def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) -> Span | None:
+def _level(me: int, board: _Board, policy: MovePolicy) -> Span | None:
     """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput."""
     few = len(board.rows) <= REBUILT_PEERS
-    if not few and not board.is_among_best(cuts, me, policy.max_moves):
+    if not few and not board.is_among_best(me, policy.max_moves):
         return None
     aims = [board.copy()]
     if few:
         # Single moves get stuck where two peers would have to move together, which matters where there are few.
-        aims += [board.rebuilt(cuts, order) for order in board.orders()]
+        aims += [board.rebuilt(order) for order in board.orders()]
     for aim in aims:
-        aim.settle(cuts, policy.max_moves)
+        aim.settle(policy.max_moves)
     aim = max(aims, key=lambda aim: (-aim.lack, aim.weakest * (1 - TIE)))
     span = aim.span(me)
     moved = float(((aim.starts != board.starts) | (aim.stops != board.stops)).mean())
@@ -292,7 +304,7 @@ def _level(me: int, board: _Board, cuts: tuple[int, ...], policy: MovePolicy) ->
     return span if board.leads_to(aim, me) else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Windows:
     """The longest legal spans of at most so many blocks, without those inside another.
 
@@ -318,13 +330,24 @@ def _windows(cuts: tuple[int, ...], num_blocks: int) -> _Windows:
     return _Windows(padded[:, 0], padded[:, 1], len(spans), lengths)
 
 
+@lru_cache(maxsize=256)
+def _stacked(windows: tuple[_Windows, ...]) -> tuple[Ints, Ints, Ints]:
+    """Starts and stops [kinds, cuts], and the different lengths [kinds, most], padded with their last one."""
+    most = max(len(each.lengths) for each in windows)
+    lengths = [(*each.lengths, *(each.lengths[-1:] or (1,)) * most)[: max(most, 1)] for each in windows]
+    return (
+        np.stack([each.starts for each in windows]),
+        np.stack([each.stops for each in windows]),
+        np.array(lengths, dtype=np.int64),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Moves:
     """What the best move of each of some peers brings: arrays [peers].
 
     Attributes:
         lack_gain: less lack of replicas afterwards (`_Board.lack`).
-        lack_meanwhile: more lack of replicas while it loads.
         worth: less dearth of throughput afterwards (`_Board.dearth`).
         improves: is it better than to stay?
     """
@@ -333,7 +356,6 @@ class _Moves:
     stops: Ints
     blocks_to_load: Ints
     lack_gain: Floats
-    lack_meanwhile: Floats
     worth: Floats
     improves: NDArray[np.bool_]
 
@@ -347,13 +369,17 @@ class _Board:
     `starts`, `stops`, `rates` (blocks per second) are arrays [peers], `replicas` and `tokens_per_s` [n_blocks].
 
     Args:
+        cuts: the legal ones; none: it is only looked at, nobody moves.
         newcomer_blocks: what one who is not among the peers yet will add to the swarm's memory.
     """
 
-    def __init__(self, n_blocks: int, peers: Iterable[Placed], newcomer_blocks: int = 0) -> None:
+    def __init__(
+        self, n_blocks: int, peers: Iterable[Placed], cuts: Sequence[int] = (), newcomer_blocks: int = 0
+    ) -> None:
         # In one order for all who look, so that sums of floats, and with them ties, come out the same.
         ordered = sorted(peers, key=_peer_id)
         self.n_blocks = n_blocks
+        self.cuts = tuple(cuts)
         self.peer_ids = [peer.peer_id for peer in ordered]
         self.rows = np.arange(len(ordered))
         self.starts = np.array([peer.span.start for peer in ordered], dtype=np.int64)
@@ -411,14 +437,14 @@ class _Board:
         self.starts[row], self.stops[row] = span.start, span.stop
         self._count()
 
-    def is_among_best(self, cuts: tuple[int, ...], row: int, moves: int) -> bool:
+    def is_among_best(self, row: int, moves: int) -> bool:
         """Is this peer's best move worth something, and so much that few others' are worth more?"""
         least = LEAST_WORTH * self.dearth
-        own = self.best_moves(cuts, np.array([row]))
+        own = self.best_moves(np.array([row]))
         if not own.improves[0] or own.worth[0] < least:
             return False
-        every = self.best_moves(cuts, self.rows)
-        return int((every.improves & self.spares & (every.worth > own.worth[0])).sum()) < moves
+        every = self.best_moves(self.rows)
+        return int((every.improves & self.serves & self.spares & (every.worth > own.worth[0])).sum()) < moves
 
     def copy(self) -> _Board:
         """The same, to be moved about."""
@@ -436,26 +462,26 @@ class _Board:
         shuffled = np.random.default_rng(len(self.rows))
         return fixed + [shuffled.permutation(self.rows) for _ in range(RANDOM_ORDERS)]
 
-    def rebuilt(self, cuts: tuple[int, ...], order: Ints) -> _Board:
+    def rebuilt(self, order: Ints) -> _Board:
         """As if all came anew in this order."""
         twin = self.copy()
         twin.replicas, twin.tokens_per_s = np.zeros_like(self.replicas), np.zeros_like(self.tokens_per_s)
         for row in order:
-            span = twin.best_place(_windows(cuts, int(self.num_blocks[row])), self.rates[row])
+            span = twin.best_place(_windows(self.cuts, int(self.num_blocks[row])), self.rates[row])
             twin.starts[row], twin.stops[row] = span.start, span.stop
             twin.replicas[span.start : span.stop] += 1
             twin.tokens_per_s[span.start : span.stop] += self.rates[row] / len(span)
         twin._count()
         return twin
 
-    def settle(self, cuts: tuple[int, ...], max_moves: int) -> None:
+    def settle(self, max_moves: int) -> None:
         """Make the best move of any peer, and then the best one after it, until none is worth much.
 
         Nobody leaves a block that has no other peer, not even to come back to it.
         """
         for _ in range(max_moves):
-            moves = self.best_moves(cuts, self.rows)
-            worth = np.where(moves.improves & self.spares, moves.worth, -np.inf)
+            moves = self.best_moves(self.rows)
+            worth = np.where(moves.improves & self.serves & self.spares, moves.worth, -np.inf)
             best = int(worth.argmax())
             if worth[best] < LEAST_WORTH * self.dearth:
                 return
@@ -481,65 +507,72 @@ class _Board:
             now, following = after, left
         return True
 
-    def could_fill(self, cuts: tuple[int, ...], row: int | np.int64) -> bool:
-        """Is there a place where this peer would give blocks more of the replicas they lack than where it is?"""
-        windows = _windows(cuts, int(self.num_blocks[row]))
-        replicas = self.replicas.copy()
-        replicas[self.starts[row] : self.stops[row]] -= 1
-        gains = np.concatenate(([0.0], (self._lack(replicas) - self._lack(replicas + 1)).cumsum()))
-        staying = gains[self.stops[row]] - gains[self.starts[row]]
-        return bool((gains[windows.stops] - gains[windows.starts]).max() > staying)
+    def lack_gains(self, rows: Ints) -> tuple[Floats, Floats]:
+        """How much less lack of replicas each of these peers could make, and how much more there is while it loads."""
+        starts, stops = self.choices[0][rows], self.choices[1][rows]
+        replicas = self.replicas - self._here(rows)
+        gains = _sums(self._lack(replicas) - self._lack(replicas + 1), starts, stops).max(axis=1)
+        staying = (self._lack(replicas) - self._lack(self.replicas)).sum(axis=1)
+        return gains - staying, staying
+
+    @cached_property
+    def choices(self) -> tuple[Ints, Ints, Ints]:
+        """The windows each peer can choose from: starts and stops [peers, cuts], different lengths [peers, kinds]."""
+        different, which = np.unique(self.num_blocks, return_inverse=True)
+        starts, stops, lengths = _stacked(tuple(_windows(self.cuts, int(n)) for n in different))
+        return starts[which], stops[which], lengths[which]
+
+    def _here(self, rows: Ints) -> NDArray[np.bool_]:
+        """Where each of these peers is: [peers, n_blocks]."""
+        blocks = np.arange(self.n_blocks)
+        return (blocks >= self.starts[rows, None]) & (blocks < self.stops[rows, None])
 
     def best_place(self, windows: _Windows, blocks_per_s: float) -> Span:
         """Where one who is not among the peers brings most."""
         rates = np.array([max(blocks_per_s, MIN_BLOCKS_PER_S)])
-        best, _, _ = self._best(self.replicas[None], self.tokens_per_s[None], [windows], rates)
+        best, _, _ = self._best(self.replicas[None], self.tokens_per_s[None], rates, *_stacked((windows,)))
         return Span(int(windows.starts[best[0]]), int(windows.stops[best[0]]))
 
-    def best_moves(self, cuts: tuple[int, ...], rows: Ints) -> _Moves:
+    def best_moves(self, rows: Ints) -> _Moves:
         """The best place of each of these peers, the others staying where they are."""
         starts, stops, rates = self.starts[rows], self.stops[rows], self.rates[rows]
-        blocks = np.arange(self.n_blocks)
-        here = (blocks >= starts[:, None]) & (blocks < stops[:, None])
+        here = self._here(rows)
         replicas = self.replicas - here
         own = here * (rates / (stops - starts))[:, None]
         tokens_per_s = np.maximum(self.tokens_per_s - own, 0.0) * (replicas > 0)
         staying_lack = (self._lack(replicas) - self._lack(self.replicas)).sum(axis=1)
         staying_worth = (self._dearth(tokens_per_s) - self._dearth(tokens_per_s + own)).sum(axis=1)
-        windows = [_windows(cuts, int(num_blocks)) for num_blocks in self.num_blocks[rows]]
-        best, lack_gain, worth = self._best(replicas, tokens_per_s, windows, rates)
-        to_starts = np.array([w.starts[b] for w, b in zip(windows, best, strict=True)])
-        to_stops = np.array([w.stops[b] for w, b in zip(windows, best, strict=True)])
+        to_starts, to_stops, lengths = (each[rows] for each in self.choices)
+        best, lack_gain, worth = self._best(replicas, tokens_per_s, rates, to_starts, to_stops, lengths)
+        each = np.arange(len(rows))
+        to_starts, to_stops = to_starts[each, best], to_stops[each, best]
         kept = np.maximum(np.minimum(stops, to_stops) - np.maximum(starts, to_starts), 0)
         lack_gain, worth = lack_gain - staying_lack, worth - staying_worth
         moves = (to_stops > to_starts) & ((to_starts != starts) | (to_stops != stops))
         improves = moves & ((lack_gain > 0) | ((lack_gain == 0) & (worth > TIE * self.n_blocks)))
-        return _Moves(to_starts, to_stops, to_stops - to_starts - kept, lack_gain, staying_lack, worth, improves)
+        return _Moves(to_starts, to_stops, to_stops - to_starts - kept, lack_gain, worth, improves)
 
     def _best(
-        self, replicas: Ints, tokens_per_s: Floats, windows: Sequence[_Windows], rates: Floats
+        self, replicas: Ints, tokens_per_s: Floats, rates: Floats, starts: Ints, stops: Ints, lengths: Ints
     ) -> tuple[Ints, Floats, Floats]:
         """Per peer the best of its windows where the others give this, and its gains in lack and worth.
 
         Args:
             replicas, tokens_per_s: [peers, n_blocks].
-            windows, rates: [peers].
+            rates: [peers].
+            starts, stops, lengths: as in `choices`.
         """
-        starts = np.stack([w.starts for w in windows])
-        stops = np.stack([w.stops for w in windows])
-        lengths = stops - starts
         lack_gain = _sums(self._lack(replicas) - self._lack(replicas + 1), starts, stops)
-        lack_gain[lengths == 0] = -1.0
+        lack_gain[stops == starts] = -1.0
         now = self._dearth(tokens_per_s)
         worth = np.zeros_like(lack_gain)
-        for rank in range(max(len(w.lengths) for w in windows)):
-            length = np.array([w.lengths[min(rank, len(w.lengths) - 1)] if w.lengths else 1 for w in windows])[:, None]
+        for length in lengths.T[:, :, None]:
             sums = _sums(now - self._dearth(tokens_per_s + rates[:, None] / length), starts, stops)
-            worth = np.where(lengths == length, sums, worth)
+            worth = np.where(stops - starts == length, sums, worth)
         worth[lack_gain < lack_gain.max(axis=1, keepdims=True)] = -np.inf
         richest = worth.max(axis=1, keepdims=True)
         best = (worth >= richest - TIE * np.abs(richest)).argmax(axis=1)
-        rows = np.arange(len(windows))
+        rows = np.arange(len(rates))
         return best, lack_gain[rows, best], worth[rows, best]
 
     def _lack(self, replicas: Ints) -> Floats:
