@@ -198,6 +198,8 @@ class World:
         self._events = 0
         machines = [self._make_machine() for _ in range(scenario.peers)]
         self.memory_blocks = sum(machine.num_blocks for machine in machines)
+        self.mean_load_s = sum(m.num_blocks**2 * m.load_block_s for m in machines) / self.memory_blocks
+        """Of a replica of a block: long spans hold more of them, and take longer."""
         share = scenario.n_blocks * scenario.replicas * (1 + scenario.spare)
         models = max(1, int(self.memory_blocks / share)) if share else 1
         self.swarms = [Swarm(f"model-{index}", scenario, scenario.warm_up_h * 3600) for index in range(models)]
