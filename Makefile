@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-all check format bench proto clean
+.PHONY: setup demo test test-all chaos soak check format bench proto clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,13 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+# Both want a machine that has nothing else to do. CHAOS_SEED, CHAOS_ONLY and CHAOS_REPORT: see tests/chaos/test_chaos.py.
+chaos: setup
+	$(BIN)/python -m pytest -m slow -s tests/chaos/test_chaos.py
+
+soak: setup
+	$(BIN)/python -m pytest -m slow -s tests/chaos/test_soak.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -60,7 +60,8 @@ def choose_chain(
 
     Shortest path over (peer, block), after Petals' sequence manager; a chain may leave a peer in the middle of its span
     for a faster one, and may come back to it. Each peer counts as up to a tenth slower at random, so that clients
-    spread: a chosen chain is at most that much slower than the best one. 1,000 peers of 80 blocks take about 20 ms.
+    spread: a chosen chain is at most that much slower than the best one, where no block has more peers than are
+    considered. 1,000 peers of 80 blocks take about 25 ms.
 
     Args:
         times: what this client has measured itself.

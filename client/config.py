@@ -53,19 +53,29 @@ class ClientConfig:
     wait_s: float = field(
         default=60.0, metadata={"help": "Seconds to wait for blocks that no peer serves, before giving up."}
     )
-    open_timeout_s: float = field(default=5.0, metadata={"help": "Seconds that a peer may take to open a session."})
-    step_timeout_s: float = field(default=30.0, metadata={"help": "Seconds that a peer may take for one step."})
+    open_timeout_s: float = field(
+        default=2.0, metadata={"help": "Seconds that a peer which answers may take to open a session."}
+    )
+    probe_timeout_s: float = field(
+        default=0.7, metadata={"help": "Seconds that a peer may take to say how far it is, when a step is late."}
+    )
+    step_timeout_s: float = field(
+        default=30.0, metadata={"help": "Seconds that a peer which answers may take for one step."}
+    )
     avoid_s: float = field(default=30.0, metadata={"help": "Seconds that a peer which failed is avoided."})
     refresh_s: float = field(default=15.0, metadata={"help": "Seconds between two looks at who serves what."})
     prefill_tokens: int = field(
         default=1024, metadata={"help": "A longer prompt travels in chunks of so many tokens (rows x tokens)."}
     )
-    journal_mib: int = field(
-        default=256, metadata={"help": "Memory per session for what replacements of lost peers are told, in MiB."}
-    )
 
     def __post_init__(self) -> None:
-        for name in ("open_timeout_s", "step_timeout_s", "refresh_s", "prefill_tokens", "journal_mib"):
+        for name in (
+            "open_timeout_s",
+            "probe_timeout_s",
+            "step_timeout_s",
+            "refresh_s",
+            "prefill_tokens",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("wait_s", "avoid_s"):

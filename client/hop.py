@@ -3,139 +3,286 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 
 from client.chain import Link
+from client.inquest import Report
+from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import peer_error
-from protocol.errors import PeerError, PeerFull, PeerLost, PotluckError, WireError
+from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost, PotluckError, SessionLost, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
-from protocol.limits import PAYLOAD_BYTES
-from protocol.messages import Close, Failure, Notice, Open, Opened, Step, StepResult
+from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
+from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, StepResult
 
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+MAX_HEARD = 1024  # things that wait to be heard by one session
+
+Failed = TypeVar("Failed", bound=PotluckError)
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What came from a hop, beside the answer to `attach`."""
+
+    hop: Hop
+    what: StepResult | Notice | PotluckError
 
 
 class Hop:
-    """A session's stream to one peer. `open` first, then `step`s, then `close`; after an error, `open` resumes.
+    """A session's stream to one peer. `attach` first, again after an error or for a new epoch; then `route` and `send`.
 
-    Every error raised is a `PotluckError` that names the peer.
+    What comes back goes to `inbox`. Every error is a `PotluckError` that names the peer.
+
+    Args:
+        secret: of the session; this hop's session id is derived from it, so that no peer knows another one's.
+        inbox: of the session.
     """
 
-    def __init__(self, link: Link, channel: grpc.aio.Channel, *, open_timeout_s: float, step_timeout_s: float) -> None:
+    def __init__(self, link: Link, channel: grpc.aio.Channel, secret: bytes, inbox: asyncio.Queue[Heard]) -> None:
         self.link = link
+        place = f"{link.peer.peer_id}:{link.span.start}".encode()
+        self.session_id = hashlib.blake2b(place, key=secret, digest_size=SESSION_ID_BYTES).digest()
+        self.edge = b""  # what the hop before shows this one; of the present epoch
+        self.begun = False  # the peer holds the session, as far as is known
+        self.leaving = False
+        self.relayed = False  # the client carries this hop's outputs to the next one
+        self.bytes_sent = 0
+        self.bytes_received = 0
         self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
-        self._open_timeout_s = open_timeout_s
-        self._step_timeout_s = step_timeout_s
-        self.next_step = 0  # the step id after the last one that the peer answered
-        self._call: Any = None
-        self._assembler = ReplyAssembler(PAYLOAD_BYTES)
+        self._inbox = inbox
+        self._stream: _Stream | None = None
+        self._opened: asyncio.Future[Opened] | None = None
 
-    async def open(self, request: Open) -> Opened:
-        """Opens the session on the peer, or resumes it on a new stream.
+    async def attach(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
+        """Opens the session on the peer, or takes it up again: on the living stream, else on a new one.
 
-        Raises:
-            PeerLost, PeerFull, PeerDraining, WrongModel, SessionLost, StaleEpoch, VersionMismatch.
-        """
-        self.abandon()
-        self._call = self._stub.Infer()
-        self._assembler = ReplyAssembler(PAYLOAD_BYTES)
-        return await self._guarded(self._open(request), self._open_timeout_s, "did not open the session")
-
-    async def _open(self, request: Open) -> Opened:
-        await self._call.write(request.to_proto())
-        reply = await self._reply()
-        if not isinstance(reply, Opened):
-            raise self._blame(PeerLost("the peer answered something else than asked"))
-        return reply
-
-    async def step(self, step: Step) -> StepResult:
-        """Sends a step and waits for its result. A step that is sent again is not applied again (law 3).
+        Args:
+            timeout_s: for any answer.
+            patience_s: for this answer, once the peer says that it is there: it may be at work on a step.
 
         Raises:
-            PeerLost, PeerFull, SessionLost, StaleEpoch, PeerFault: see the error tree.
-            WireError: the peer refused the step as malformed.
+            PeerLost, PeerFull, PeerDraining, WrongModel, SessionLost, StaleEpoch, WireError.
         """
-        return await self._guarded(self._step(step), self._step_timeout_s, "was silent")
-
-    async def _step(self, step: Step) -> StepResult:
-        for frame in step_frames(step):
-            await self._call.write(frame)
-        while True:
-            reply = await self._reply()
-            if isinstance(reply, StepResult) and reply.step_id == step.step_id:
-                self.next_step = step.step_id + 1
-                return reply
-            if not isinstance(reply, (Notice, StepResult)):
-                raise self._blame(PeerLost("the peer answered something else than asked"))
-
-    async def _reply(self) -> Reply:
-        while True:
-            message = await self._call.read()
-            if message is grpc.aio.EOF:
-                raise self._blame(PeerLost("the peer ended the session's stream"))
+        living = self._stream
+        if request.resume and living is not None and not living.outgoing.qsize():
             try:
-                reply = self._assembler.feed(message)
-            except WireError as error:
-                raise self._blame(PeerLost(f"the peer sent nonsense: {error}")) from error
-            if isinstance(reply, Failure):
-                raise self._blame(reply.error)
-            if reply is not None:
-                return reply
+                return await self._open(request, timeout_s, patience_s)
+            except PeerLost:
+                if not living.is_broken:
+                    raise
+        self.abandon()
+        self._stream = _Stream(self._stub.Infer(), self)
+        return await self._open(request, timeout_s, patience_s)
 
-    async def _guarded(self, work: Awaitable[Result], timeout_s: float, what: str) -> Result:
+    async def _open(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
+        opened: asyncio.Future[Opened] = asyncio.get_running_loop().create_future()
+        self._opened = opened
         try:
-            async with asyncio.timeout(timeout_s):
-                return await work
-        except TimeoutError as error:
+            self._put(request.to_proto())
+            await asyncio.wait({opened}, timeout=timeout_s)
+            if not opened.done() and not isinstance(await self.progress(timeout_s), PeerLost):
+                await asyncio.wait({opened}, timeout=patience_s)
+            if not opened.done():
+                raise self.blamed(PeerLost(f"{self.name} did not open the session for {timeout_s:g} s"))
+            state = opened.result()
+        except BaseException:
             self.abandon()
-            raise self._blame(PeerLost(f"{self.name} {what} for {timeout_s:g} s")) from error
-        except grpc.aio.AioRpcError as error:
-            meaning = peer_error(error)
-            if not isinstance(meaning, PeerFull):
-                # What a peer has to say comes as a Failure. All else is the stream's end, a write to it included.
-                meaning = PeerLost(meaning.message)
-            raise self._blame(meaning) from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # grpc.aio raises this also where only the call was cancelled, not the caller
-            raise self._blame(PeerLost(f"the stream to {self.name} was cancelled")) from error
-        except asyncio.InvalidStateError as error:  # grpc.aio's word for a write to a finished stream
-            raise self._blame(PeerLost(f"the stream to {self.name} had ended")) from error
+            raise
+        finally:
+            self._opened = None
+            if opened.done():
+                opened.exception()  # else asyncio would complain where an earlier error is raised
+        self.begun = True
+        return state
 
-    def _blame(self, error: PotluckError) -> PotluckError:
-        if isinstance(error, PeerError) and error.peer_id is None:
-            error.peer_id = self.link.peer.peer_id
-        return error
+    def route(self, route: Route) -> None:
+        """Tells the peer where outputs go.
+
+        Raises:
+            PeerLost: the stream is gone.
+        """
+        self._put(route.to_proto())
+
+    def send(self, step: Step) -> None:
+        """Sends a step, after whatever is being sent; should that fail, the inbox is told.
+
+        Raises:
+            PeerLost: the stream is gone.
+        """
+        for frame in step_frames(step):
+            self._put(frame)
+
+    async def progress(self, timeout_s: float) -> Report:
+        """How far the session is there; a `PeerLost` if the peer does not say, a `SessionLost` if it knows nothing."""
+        try:
+            request = pb.ProgressRequest(session_id=self.session_id)
+            reply = await self._stub.Progress(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return SessionLost("the peer does not hold the session any more", peer_id=self.link.peer.peer_id)
+            return PeerLost(f"{self.name} does not answer", peer_id=self.link.peer.peer_id)
+        if reply is None:  # grpc.aio's word for bytes that are no message
+            return PeerLost(f"{self.name} answers nonsense", peer_id=self.link.peer.peer_id)
+        return Progress.from_proto(reply)
+
+    @property
+    def is_open(self) -> bool:
+        """Is there a stream that has not ended?"""
+        return self._stream is not None and not self._stream.has_ended
 
     @property
     def name(self) -> str:
         """How logs name this hop: the end of the peer's id, and the blocks."""
         return f"peer {self.link.peer.peer_id[-8:]} ({self.link.span})"
 
+    def blamed(self, error: Failed) -> Failed:
+        """The error, with this hop's peer to blame."""
+        if error.peer_id is None:
+            error.peer_id = self.link.peer.peer_id
+        return error
+
+    # ------------------------------------------------------------------ what comes and goes
+
+    def _put(self, message: pb.InferRequest) -> None:
+        if self._stream is None or self._stream.has_ended:
+            raise self.blamed(PeerLost(f"the stream to {self.name} had ended"))
+        self.bytes_sent += message.ByteSize()
+        self._stream.outgoing.put_nowait(message)
+
+    def hear(self, stream: _Stream, what: Reply | PotluckError) -> None:
+        """Something came on a stream, or it ended. Who waits for the session to open hears of failures first."""
+        if stream is not self._stream:
+            return
+        if isinstance(what, Failure):
+            what = what.error
+        if isinstance(what, Notice) and what.state == "draining":
+            self.leaving = True
+        is_opening = self._opened is not None and not self._opened.done()
+        if isinstance(what, PotluckError):
+            self.blamed(what)
+            if is_opening:
+                assert self._opened is not None
+                self._opened.set_exception(what)
+                return
+        elif isinstance(what, Opened):
+            if is_opening:
+                assert self._opened is not None
+                self._opened.set_result(what)
+            return
+        if self._inbox.qsize() < MAX_HEARD:  # else it is being flooded; what is missing will be asked for
+            self._inbox.put_nowait(Heard(self, what))
+
+    # ------------------------------------------------------------------ its end
+
     def abandon(self) -> None:
         """Drops the stream at once; the peer keeps the session for a while."""
-        if self._call is not None:
-            self._call.cancel()
-            self._call = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
+
+    def dismiss(self) -> None:
+        """The peer is to free the session, after whatever is being sent; nobody waits for it. A peer that cannot be
+        told will reclaim it by itself."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.outgoing.put_nowait(Close().to_proto())
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, stream.cancel)
 
     async def close(self) -> None:
-        """Tells the peer to free the session; a peer that cannot be told will reclaim it by itself."""
-        call, self._call = self._call, None
-        if call is None:
-            return
+        """As `dismiss`, and waits until it is done, for a second at most."""
+        stream = self._stream
+        self.dismiss()
+        if stream is not None:
+            await asyncio.wait({stream.reading}, timeout=CLOSE_TIMEOUT_S)
+            stream.cancel()
+
+
+class _Stream:
+    """One `Infer` call. Writes what is put into `outgoing`, in order; tells its hop what comes, and how it ended.
+
+    Args:
+        call: a grpc.aio stream-stream call.
+    """
+
+    def __init__(self, call: Any, hop: Hop) -> None:
+        self.outgoing: asyncio.Queue[pb.InferRequest] = asyncio.Queue()
+        self.has_ended = False
+        self.is_broken = False  # it has ended, and not because somebody here wanted it
+        self._call = call
+        self._hop = hop
+        self.reading = asyncio.get_running_loop().create_task(self._read())
+        self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    def cancel(self) -> None:
+        """Ends the call at once."""
+        self.has_ended = True
+        self._call.cancel()
+        self._writing.cancel()
+
+    async def _write(self) -> None:
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await call.write(Close().to_proto())
-                await call.done_writing()
-                while await call.read() is not grpc.aio.EOF:
-                    pass
-        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            call.cancel()
+            while True:
+                message = await self.outgoing.get()
+                with _translated():
+                    await self._call.write(message)
+        except PeerError as error:
+            self._end(error)
+
+    async def _read(self) -> None:
+        assembler = ReplyAssembler(PAYLOAD_BYTES)
+        error: PotluckError = PeerLost("the peer ended the session's stream")
+        try:
+            with _translated():
+                while (message := await self._call.read()) is not grpc.aio.EOF:
+                    if message is None:
+                        raise BadMessage("bytes that are no message")
+                    self._hop.bytes_received += message.ByteSize()
+                    if (reply := assembler.feed(message)) is not None:
+                        self._hop.hear(self, reply)
+        except WireError as nonsense:
+            error = PeerLost(f"the peer sent nonsense: {nonsense}")
+        except PeerError as lost:
+            error = lost
+        except Exception:  # whatever a peer sends must not leave this hop mute
+            logger.exception("what %s sent could not be read", self._hop.name)
+            error = PeerFault("the peer sent what cannot be read")
+        finally:
+            self._writing.cancel()
+        self._end(error)
+
+    def _end(self, error: PotluckError) -> None:
+        if not self.has_ended:
+            self.has_ended = self.is_broken = True
+            self._call.cancel()
+            self._hop.hear(self, error)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """grpc.aio's many ways to say that a stream has ended, as errors of the tree."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        meaning = peer_error(error)
+        if isinstance(meaning, PeerFull):
+            raise meaning from error
+        # What a peer has to say comes as a Failure. All else is the stream's end, a write to it included.
+        raise PeerLost(meaning.message) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # grpc.aio raises this also where only the call was cancelled, not the caller
+        raise PeerLost("the stream was cancelled") from error
+    except asyncio.InvalidStateError as error:  # grpc.aio's word for a write to a finished stream
+        raise PeerLost("the stream had ended") from error

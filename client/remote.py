@@ -18,12 +18,13 @@ from torch import Tensor
 from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
 from client.config import ClientConfig
-from client.journal import Entry, Part
-from client.session import Session, SessionSpec, SessionStats
+from client.open_chain import SessionSpec, SessionStats
+from client.session import Session
 from client.swarm import ModelPeers, Swarm
 from client.times import Times
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing, PeerFault
+from protocol.journal import Entry, Part
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
 from protocol.span import Span
@@ -247,7 +248,7 @@ def _part(name: str, tensor: Tensor, codec_name: str) -> Part:
 
 
 def _decoded(result: StepResult, like: Tensor) -> Tensor:
-    for spec, payload in result.parts():
+    for spec, payload in result.step.parts():
         if spec.name == HIDDEN:
             decoded = codec(spec.codec).decode(payload, spec.shape, dtype_of(spec.dtype), like.device)
             return decoded.to(like.dtype)

@@ -1,98 +1,39 @@
-"""A session: one generation's way through a chain of peers, and what happens when one of them is lost.
+"""A session: one generation's way through a chain of peers.
 
-The life of a step, top to bottom: `step` sends the input through each hop in turn; a hop that fails is replaced by
-`_replace`, which chooses other peers for the lost blocks and replays the journal of what went into them; then the same
-input goes on. Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
+The life of a step, top to bottom: `step` sends the input to the first hop; the peers push it from one to the next; the
+last one's result ends it. Where a hop fails, the chain is mended and goes on with the same step (`client.open_chain`).
+Where nothing comes in time, `_inquire` asks the hops where the step is (`client.inquest`).
+
+Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
-import grpc
-
+from client import inquest
 from client.blame import Blame
-from client.chain import Link, choose_chain
+from client.chain import Link
 from client.config import ClientConfig
+from client.deadline import StepTimes
 from client.hop import Hop
-from client.journal import Entry, Journal, Part
-from dht.record import PeerRecord
-from protocol.errors import BlocksMissing, PeerError, PeerFault, PeerFull, PeerLost, SessionLost, StaleEpoch
-from protocol.limits import SESSION_ID_BYTES
-from protocol.messages import HIDDEN, Open, Step, StepResult
-from protocol.span import Span
+from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
+from client.trial import Patience, Trial
+from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
+from protocol.journal import Entry, StepLog
+from protocol.messages import HIDDEN, Notice, StepResult
+from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
 
-RETRY_PAUSE_S = 0.25  # between two looks for a chain
-REPLAY_TOKENS = 512  # rows x tokens of one replayed step
-
-
-class Peers(Protocol):
-    """What a session needs of the swarm."""
-
-    def peers(self) -> Sequence[PeerRecord]:
-        """The model's peers, as last seen."""
-
-    async def refresh(self) -> None:
-        """Looks again, now."""
-
-    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """A channel to the peer, pinned to its certificate."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSpec:
-    """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known).
-
-    `batch` and `max_tokens` are reserved on each peer.
-    """
-
-    fingerprint: str
-    n_blocks: int
-    codec: str = "none"  # of results; inputs come encoded
-    batch: int = 1
-    max_tokens: int = 0
-    stateless: bool = False
-
-
-@dataclass(slots=True)
-class SessionStats:
-    """What happened to a session so far."""
-
-    steps: int = 0
-    tokens: int = 0  # rows x tokens sent through the chain, replays not counted
-    replayed_tokens: int = 0
-    reroutes: int = 0
-    busy_s: float = 0.0  # in steps, recoveries counted
-
-
-class Patience:
-    """How long one step may fail before it is given up.
-
-    Args:
-        wait_s: seconds from the first failure on.
-    """
-
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
-        self._until_s: float | None = None
-
-    async def after(self, failure: BlocksMissing) -> None:
-        """Returns at once after the first failure, after a pause after later ones; raises `failure` in the end."""
-        now_s = asyncio.get_running_loop().time()
-        if self._until_s is None:
-            self._until_s = now_s + self._wait_s
-            return
-        if now_s >= self._until_s:
-            raise failure
-        await asyncio.sleep(RETRY_PAUSE_S)
+STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
+BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
+SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
+BUSY_FACTOR = 4.0  # of `step_timeout_s`: for so long a step may move on and never come
 
 
 class Session:
@@ -111,18 +52,14 @@ class Session:
         on_event: Callable[[str], None] = logger.info,
     ) -> None:
         self.spec = spec
-        self._peers = peers
-        self._blame = blame
+        self.stats = SessionStats()
         self._config = config
-        self._on_event = on_event
-        self._id = secrets.token_bytes(SESSION_ID_BYTES)
-        self._epoch = 0
+        self._chain = OpenChain(spec, peers, blame, config, self.stats, on_event)
+        self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
+        self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
-        self._hops: dict[int, Hop] = {}  # by first block
-        self._journals: dict[int, Journal] = {0: Journal()}  # by block boundary; missing where evicted
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
-        self.stats = SessionStats()
 
     @property
     def position(self) -> int:
@@ -132,9 +69,7 @@ class Session:
     @property
     def chain(self) -> tuple[Link, ...]:
         """The chain in use, in order; empty before the first step."""
-        return tuple(self._hops[block].link for block in sorted(self._hops))
-
-    # ------------------------------------------------------------------ the decode path
+        return self._chain.links
 
     async def step(self, entry: Entry) -> StepResult:
         """One pass of `entry` through the whole chain. Lost hops are replaced on the way. Returns the last result.
@@ -147,216 +82,163 @@ class Session:
         """
         started_s = time.perf_counter()
         async with self._stepping:
+            entry = replace(entry, step_id=self._step_id)
+            self._log.put(entry)
             try:
-                return await self._pass(entry)
+                result = await self._pass(entry)
             except BaseException:
-                for hop in self._hops.values():
-                    hop.abandon()
-                self._hops.clear()
+                self._log.take_back()
+                self._chain.forsake()
                 raise
             finally:
                 self.stats.busy_s += time.perf_counter() - started_s
+            self._commit(entry)
+            return result
 
     async def _pass(self, entry: Entry) -> StepResult:
-        inputs = {0: entry}  # what enters each hop in this step, by block boundary
-        block = 0
-        result = StepResult(0, 0, (), b"")
-        patience = Patience(self._config.wait_s)
-        while block < self.spec.n_blocks:
+        chain, trial = self._chain, Trial(Patience(self._config.wait_s))
+        chain.release_leavers()
+        while True:
+            started_s = time.monotonic()
             try:
-                hop = self._hops.get(block) or await self._route(Span(block, self.spec.n_blocks), patience)
-                result = await hop.step(self._step(inputs[block]))
-                _check(result, entry, hop)
-            except StaleEpoch:
-                raise
-            except PeerError as error:
-                block = await self._replace(block, error, patience)
+                if chain.is_whole:
+                    chain.try_cut_edges(entry.step_id)
+                    await chain.send(chain.hops[0], entry.step(chain.epoch))
+                else:
+                    await chain.mend(self._log, entry.step_id, trial)
+                    self._times.prior_s = chain.expected_s()
+                result = await self._result(entry, trial)
+            except ChainBroken as broken:
+                await trial.patience.after(chain.give_up(broken.losses, trial))
                 continue
-            block = hop.link.span.stop
-            inputs[block] = _onward(entry, result)
-        self._commit(inputs)
-        return result
+            if not trial.disturbed:
+                self._times.note(entry.tokens, time.monotonic() - started_s)
+            chain.note(entry, result.step)
+            return result
 
-    def _step(self, entry: Entry) -> Step:
-        specs = tuple(part.spec for part in entry.parts)
-        payload = b"".join(part.payload for part in entry.parts)
-        return Step(self._epoch, self._step_id, self._position, specs, payload, entry.ops)
+    async def _result(self, entry: Entry, trial: Trial) -> StepResult:
+        """Waits for the step's result; carries to the next hop what could not be pushed there."""
+        chain, late = self._chain, _Late()
+        timeout_s = self._times.allowance_s(entry.tokens)
+        while True:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    heard = await chain.inbox.get()
+            except TimeoutError:
+                trial.disturbed = True
+                timeout_s = await self._inquire(entry, late)
+                continue
+            hop, what = heard.hop, heard.what
+            if hop not in chain.hops or isinstance(what, Notice):
+                continue
+            if isinstance(what, PotluckError):
+                raise self._failure(hop, what, trial)
+            if what.step.epoch != chain.epoch:
+                continue
+            if hop is not chain.hops[-1]:
+                await chain.relay(hop, what.step, what.undelivered)
+            elif what.step.step_id == entry.step_id:
+                self._check(what, entry, hop)
+                return what
 
-    def _commit(self, inputs: dict[int, Entry]) -> None:
-        """The step is through: every boundary's journal remembers what entered there."""
-        entry = inputs[0]
+    def _commit(self, entry: Entry) -> None:
         if not self.spec.stateless:
-            self._journals = {block: j for block, j in self._journals.items() if block in self._hops}
-            for block, journal in self._journals.items():
-                journal.append(inputs[block])
-            self._evict()
             self._position = entry.position + entry.tokens
         self._step_id += 1
         self.stats.steps += 1
         self.stats.tokens += entry.rows * entry.tokens
+        self.stats.bytes_sent = sum(hop.bytes_sent for hop in self._chain.hops)
+        self.stats.bytes_received = sum(hop.bytes_received for hop in self._chain.hops)
 
-    def _evict(self) -> None:
-        """Keeps the journals within their budget. The first boundary's stays: from it all others can be made again."""
-        budget = self._config.journal_mib << 20
-        while len(self._journals) > 1 and sum(j.nbytes for j in self._journals.values()) > budget:
-            largest = max((b for b in self._journals if b), key=lambda b: self._journals[b].nbytes)
-            del self._journals[largest]
+    # ------------------------------------------------------------------ when something is wrong
 
-    # ------------------------------------------------------------------ recovery
+    def _failure(self, hop: Hop, error: PotluckError, trial: Trial) -> ChainBroken | PotluckError:
+        """What an error that a hop reported means for the chain."""
+        if isinstance(error, StaleEpoch):
+            return ChainBroken(Loss(hop, error, resumable=True))
+        if isinstance(error, PeerError):
+            return ChainBroken(Loss(hop, error, resumable=isinstance(error, PeerLost)))
+        if not isinstance(error, WireError):
+            return ChainBroken(Loss(hop, PeerFault(f"the peer said what none should: {error.message}")))
+        trial.nonsense += 1
+        if trial.nonsense > 1:
+            return error
+        # A peer found nonsense in what it was sent. Whether it, the one before it, or this client is to blame cannot be
+        # told from one case.
+        index = self._chain.hops.index(hop)
+        return ChainBroken(*(Loss(suspect, error) for suspect in self._chain.hops[max(0, index - 1) : index + 1]))
 
-    async def _replace(self, block: int, error: PeerError, patience: Patience) -> int:
-        """After `error` at the hop from `block` on: resumes or re-routes it. Returns the block to go on from."""
-        hop = self._hops[block]
-        if isinstance(error, PeerLost) and await self._resumed(hop):
-            return block
-        if isinstance(error, PeerFull):
-            await hop.close()  # what it holds of this session is of no more use
-        if not isinstance(error, SessionLost):
-            self._blame.add(hop.link.peer.peer_id, error.retry_after_s)
-        self.stats.reroutes += 1
-        self._on_event(f"{hop.name} is lost ({error.message}); looking for others")
-        start = block if block in self._journals else 0
-        for first in [b for b in self._hops if start <= b <= block]:
-            self._hops.pop(first).abandon()
-        lost = Span(start, hop.link.span.stop)
-        await patience.after(_as_missing(error, lost))
-        await self._route(lost, patience)
-        return start
-
-    async def _resumed(self, hop: Hop) -> bool:
-        """The peer may have lost the connection only: is the session still there?"""
-        try:
-            opened = await hop.open(self._open_request(hop.link, resume=True))
-        except PeerError:
-            return False
-        return opened.next_step in (hop.next_step, self._step_id + 1)
-
-    async def _route(self, wanted: Span, patience: Patience) -> Hop:
-        """Opens hops for the blocks `wanted` and replays their journal. Waits for peers as long as `patience` lasts.
+    async def _inquire(self, entry: Entry, late: _Late) -> float:
+        """The step is late: asks all hops where it is. Returns after how many seconds to ask again.
 
         Raises:
-            BlocksMissing: named blocks had no peer, or none that answered, for too long.
+            ChainBroken: hops are silent, or have been at it for too long.
         """
-        waiting = ""
-        while True:
-            try:
-                await self._open_chain(wanted)
-                break
-            except StaleEpoch:
-                raise
-            except (BlocksMissing, PeerError) as error:
-                missing = _as_missing(error, wanted)
-                if missing.message != waiting:
-                    waiting = missing.message
-                    self._on_event(f"waiting: {waiting}")
-                await patience.after(missing)
-                await self._peers.refresh()
-        if wanted.start or self.stats.reroutes:
-            self._on_event("the chain is now " + " -> ".join(hop.name for _, hop in sorted(self._hops.items())))
-        return self._hops[wanted.start]
+        chain, slack_s = self._chain, entry.nbytes / SLOWEST_BYTES_PER_S
+        reports = await chain.reports(self._config.probe_timeout_s + slack_s)
+        verdict = inquest.judge(reports, entry.step_id)
+        silent = [(chain.hops[i], reports[i]) for i in verdict.lost]
+        if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:
+            raise ChainBroken(*losses)
+        late.look(inquest.signs_of_life(reports, verdict))
+        for_ever_s = BUSY_FACTOR * self._config.step_timeout_s + slack_s
+        if verdict.busy is not None:
+            hop = chain.hops[verdict.busy]
+            if late.lasts_s > self._config.step_timeout_s or late.total_s > for_ever_s:
+                raise ChainBroken(Loss(hop, PeerLost(f"{hop.name} has been at one step for {late.total_s:.0f} s")))
+            return _between(verdict.expected_s, *BUSY_LOOK_S)
+        assert verdict.stuck is not None
+        if late.lasts_s < STUCK_S + slack_s and late.total_s < for_ever_s:
+            return STUCK_S
+        chain.unblock(verdict.stuck, reports)
+        late.forget()
+        return self._config.probe_timeout_s
 
-    async def _open_chain(self, wanted: Span) -> None:
-        """One attempt: choose, open all hops at once, replay. On an error nothing of the attempt remains."""
-        self._epoch += 1  # of each attempt: a peer that an earlier one opened would not open the session again
-        able = [peer for peer in self._peers.peers() if self.spec.codec in peer.codecs]
-        links = choose_chain(able, wanted, avoid=self._blame.avoided())
-        hops = [self._hop(link) for link in links]
+    def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
+        """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked."""
+        given = [part.spec.shape for part in entry.parts if part.spec.name == HIDDEN]
         try:
-            refusals = await asyncio.gather(*(self._refusal(hop) for hop in hops))
-            for refusal in refusals:
-                if refusal is not None:
-                    raise refusal
-            made = await self._replay(hops)
-        except BaseException:
-            for hop in hops:
-                hop.abandon()
-            raise
-        self._hops.update((hop.link.span.start, hop) for hop in hops)
-        self._journals.update(made)
-
-    async def _refusal(self, hop: Hop) -> PeerError | None:
-        """Opens the session on the hop's peer. Returns why it would not, so that all refusals are heard."""
-        try:
-            await hop.open(self._open_request(hop.link, resume=False))
-        except PeerError as error:
-            self._blame.add(hop.link.peer.peer_id, error.retry_after_s)
-            return error
-        return None
-
-    async def _replay(self, hops: Sequence[Hop]) -> dict[int, Journal]:
-        """Sends the first hop's journal through the new hops. Returns the new boundaries' journals."""
-        made = {hop.link.span.start: Journal() for hop in hops[1:]}
-        source = self._journals.get(hops[0].link.span.start, Journal())
-        for step_id, entry in enumerate(source.batches(REPLAY_TOKENS)):
-            current = entry
-            for hop in hops:
-                step = replace(self._step(current), step_id=step_id, position=entry.position)
-                step = replace(step, want_result=hop is not hops[-1])
-                try:
-                    result = await hop.step(step)
-                    if step.want_result:
-                        _check(result, entry, hop)
-                except PeerError as error:
-                    self._blame.add(hop.link.peer.peer_id, error.retry_after_s)
-                    raise
-                if hop is not hops[-1]:
-                    current = _onward(entry, result)
-                    made[hop.link.span.stop].append(current)
-            self.stats.replayed_tokens += entry.rows * entry.tokens
-        return made
-
-    def _hop(self, link: Link) -> Hop:
-        return Hop(
-            link,
-            self._peers.channel(link.peer),
-            open_timeout_s=self._config.open_timeout_s,
-            step_timeout_s=self._config.step_timeout_s,
-        )
-
-    def _open_request(self, link: Link, *, resume: bool) -> Open:
-        spec = self.spec
-        return Open(
-            self._id,
-            self._epoch,
-            spec.fingerprint,
-            link.span,
-            spec.codec,
-            spec.batch,
-            spec.max_tokens,
-            resume=resume,
-            stateless=spec.stateless,
-        )
+            (spec,) = result.step.tensors
+            size = codec(self.spec.codec).nbytes(spec.shape, dtype_of(spec.dtype))
+            is_good = [spec.shape] == given and spec.codec == self.spec.codec and spec.nbytes == size
+        except (ValueError, WireError):
+            is_good = False
+        if not is_good:
+            found = [(spec.name, spec.shape, spec.codec) for spec in result.step.tensors]
+            raise ChainBroken(Loss(hop, PeerFault(f"{hop.name} gave {found or 'nothing'} for {given}")))
 
     async def close(self) -> None:
         """Frees the session on all its peers."""
-        hops, self._hops = list(self._hops.values()), {}
-        async with asyncio.TaskGroup() as tasks:
-            for hop in hops:
-                tasks.create_task(hop.close())
+        async with self._stepping:
+            await self._chain.close()
 
 
-def _as_missing(error: BlocksMissing | PeerError, wanted: Span) -> BlocksMissing:
-    if isinstance(error, BlocksMissing):
-        return error
-    return BlocksMissing(
-        f"blocks {wanted} have no peer that serves them now ({error.message})",
-        missing=[str(wanted)],
-        retry_after_s=error.retry_after_s,
-    )
+class _Late:
+    """What inquests about one step found so far."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._first_s = self._since_s = time.monotonic()
+
+    def look(self, signs: object) -> None:
+        """Notes whether anything has changed since the last look."""
+        if signs != self._seen:
+            self._seen, self._since_s = signs, time.monotonic()
+
+    def forget(self) -> None:
+        """Something was done about it."""
+        self._seen = None
+
+    @property
+    def lasts_s(self) -> float:
+        """For how long nothing has changed."""
+        return time.monotonic() - self._since_s
+
+    @property
+    def total_s(self) -> float:
+        """Since the first question."""
+        return time.monotonic() - self._first_s
 
 
-def _check(result: StepResult, entry: Entry, hop: Hop) -> None:
-    """Raises PeerFault unless a hop gave back as many rows and tokens as it was given."""
-    shapes = [spec.shape for spec in result.tensors if spec.name == HIDDEN]
-    if len(result.tensors) != 1 or len(shapes) != 1 or shapes[0][-3:-1] != (entry.rows, entry.tokens):
-        raise PeerFault(
-            f"{hop.name} gave {shapes or 'nothing'} for {entry.rows} x {entry.tokens} tokens",
-            peer_id=hop.link.peer.peer_id,
-        )
-
-
-def _onward(entry: Entry, result: StepResult) -> Entry:
-    """What enters the next hop: the result's hidden states, with the step's other inputs and operations."""
-    hidden = tuple(Part(spec, bytes(payload)) for spec, payload in result.parts())
-    others = tuple(part for part in entry.parts if part.spec.name != HIDDEN)
-    return replace(entry, parts=hidden + others)
+def _between(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from client.blame import Blame
+from client.channels import CLOSE_TIMEOUT_S, Channels
 from client.config import ClientConfig
 from client.pinger import Pinger
 from client.times import Stopwatch, Times
@@ -26,17 +27,14 @@ from dht.locate import locate_swarm
 from dht.node import open_node
 from dht.record import PeerRecord
 from dht.view import SwarmReader, SwarmView, reading
-from protocol.channel import open_channel
 from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
-from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
+from protocol.limits import WIRE_VERSION
 from protocol.loop import new_event_loop
 from protocol.settings import load
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-CLOSE_TIMEOUT_S = 5.0
 
 
 class Closable(Protocol):
@@ -54,8 +52,8 @@ class Swarm:
         self._config = config
         self._reader: SwarmReader | None = None
         self._watched: set[str] = set()  # fingerprints of the models in use
-        self._pinger = Pinger(self.stopwatch, self._lend, self._watched_peers, config.refresh_s)
-        self._channels: dict[tuple[str, str, bytes], grpc.aio.Channel] = {}
+        self.channels = Channels()
+        self._pinger = Pinger(self.stopwatch, self.channels.lent, self._watched_peers, config.refresh_s)
         self._closing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -148,7 +146,7 @@ class Swarm:
         if fingerprint not in self._watched:
             self._watched.add(fingerprint)
             self._reader.watch(fingerprint)
-            self.call(self._pinger.first(peers.peers(), self._keep))
+            self.call(self._pinger.first(peers.peers(), partial(self.channels.lent, keep=True)))
         return peers
 
     # ------------------------------------------------------------------ in the loop
@@ -160,34 +158,6 @@ class Swarm:
             await self._reader.refresh()
         except SwarmNotFound as error:
             logger.warning("%s", error)
-
-    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """The channel to a peer, shared by all sessions, pinned to the certificate in its record."""
-        key = self._key(peer)
-        if key not in self._channels:
-            self._channels[key] = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
-        return self._channels[key]
-
-    @staticmethod
-    def _key(peer: PeerRecord) -> tuple[str, str, bytes]:
-        return peer.peer_id, peer.addresses[0], peer.certificate_der
-
-    @contextlib.asynccontextmanager
-    async def _keep(self, peer: PeerRecord) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel to a peer, which stays open for the sessions to come."""
-        yield self.channel(peer)
-
-    @contextlib.asynccontextmanager
-    async def _lend(self, peer: PeerRecord) -> AsyncIterator[grpc.aio.Channel]:
-        """The sessions' channel to a peer; where there is none, one that is closed afterwards."""
-        if self._key(peer) in self._channels:
-            yield self.channel(peer)
-            return
-        channel = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
-        try:
-            yield channel
-        finally:
-            await channel.close(None)
 
     def _watched_peers(self) -> list[PeerRecord]:
         return [peer for fingerprint in list(self._watched) for peer in ModelPeers(self, fingerprint).peers()]
@@ -217,7 +187,7 @@ class Swarm:
             self._reader = reader
             self._loop = asyncio.get_running_loop()
             self._ready.set_result(None)
-            async with background(self._pinger.run(), "pinger"):
+            async with background(self._pinger.run(), "pinger"), background(self._tidy(), "channels"):
                 await self._stop.wait()
             self._loop = None
             await self._disconnect()
@@ -225,8 +195,13 @@ class Swarm:
     async def _disconnect(self) -> None:
         if self._closing:
             await asyncio.wait(self._closing, timeout=CLOSE_TIMEOUT_S)
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+        await self.channels.close()
+
+    async def _tidy(self) -> None:
+        """Closes the channels to peers that are gone, for ever."""
+        while True:
+            await asyncio.sleep(self._config.refresh_s)
+            await self.channels.forget_all_but(peer for peers in self.view.peers_by_model.values() for peer in peers)
 
 
 class ModelPeers:
@@ -271,4 +246,4 @@ class ModelPeers:
         await self._swarm.look_again()
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        return self._swarm.channel(peer)
+        return self._swarm.channels.to(peer)

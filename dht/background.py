@@ -9,20 +9,26 @@ from typing import Any
 
 
 @contextlib.asynccontextmanager
-async def background(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[None]:
-    """Run `work` as a task while the body runs; cancel it afterwards.
-
-    Should `work` fail, the body is cancelled and the failure raised. Unlike with a bare TaskGroup, a single exception
-    (of the body, or of the work) is raised as itself, not in a group.
-    """
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A TaskGroup of which a single exception (of the body, or of a task) is raised as itself, not in a group."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(work, name=name)
-            try:
-                yield
-            finally:
-                task.cancel()
+            yield tasks
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from None
         raise
+
+
+@contextlib.asynccontextmanager
+async def background(work: Coroutine[Any, Any, Any], name: str) -> AsyncIterator[None]:
+    """Run `work` as a task while the body runs; cancel it afterwards.
+
+    Should `work` fail, the body is cancelled and the failure raised.
+    """
+    async with task_group() as tasks:
+        task = tasks.create_task(work, name=name)
+        try:
+            yield
+        finally:
+            task.cancel()

@@ -20,6 +20,7 @@ from dht.envelope import Envelope, check_expiry, seal, unpack, unseal
 from dht.fields import Fields
 from protocol.errors import BadRecord
 from protocol.identity import certificate_name, common_name, load_certificate
+from protocol.limits import MAX_PEER_ID_CHARS, WIRE_VERSION
 from protocol.span import Span
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ MAX_TIME_S = 1e11
 MAX_WIRE_VERSION = 1 << 16
 MAX_RTTS = 8
 MAX_RTT_MS = 6e4
-MAX_PEER_ID_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PeerRecord:
     dtype: str = ""
     quantization: str = ""
     software: str = ""
-    wire_version: int = 1
+    wire_version: int = WIRE_VERSION
     public_name: str = ""
     started_at: float = 0.0
     sequence: int = 0

@@ -1,8 +1,11 @@
-"""The declared budgets of a peer: KV cache, and messages under way. Held, never exceeded (law 5)."""
+"""The declared budgets of a peer: KV cache, messages under way, journals. Held, never exceeded (law 5)."""
 
 from __future__ import annotations
 
+import threading
+
 from protocol.errors import PeerFull
+from protocol.journal import StepLog
 
 RETRY_AFTER_S = 2.0
 
@@ -65,3 +68,37 @@ class KvBudget:
         """Gives `block_tokens` back."""
         self._left += block_tokens
         assert self._left <= self.tokens_total * self._n_blocks, "released more than was reserved"
+
+
+class JournalBudget:
+    """Bytes of the journals that sessions keep for replacements of the peers after this one.
+
+    Above the budget the largest journal is forgotten: that session's blocks would be computed again from further up.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self.bytes_total = total_bytes
+        self.evicted = 0  # journals that were forgotten so far
+        self._logs: dict[int, StepLog] = {}
+        self._lock = threading.Lock()  # steps are kept by the compute thread, sessions dropped by the event loop
+
+    @property
+    def bytes_used(self) -> int:
+        with self._lock:
+            return sum(log.nbytes for log in self._logs.values())
+
+    def keep(self, log: StepLog) -> None:
+        """Counts `log`, which has grown, and makes room."""
+        with self._lock:
+            self._logs[id(log)] = log
+            while sum(log.nbytes for log in self._logs.values()) > self.bytes_total:
+                largest = max(self._logs.values(), key=lambda log: log.journal.nbytes)
+                if not largest.journal.nbytes:
+                    return  # what is left are latest steps, which the next hops may not have yet
+                largest.evict()
+                self.evicted += 1
+
+    def forget(self, log: StepLog) -> None:
+        """The session of `log` ended."""
+        with self._lock:
+            self._logs.pop(id(log), None)

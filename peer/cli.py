@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dht.config import DhtConfig
     from peer.server import Peer
 
-DRAIN_S = 1.0  # between the word that this peer leaves and its leaving
-
 
 @click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="potluck")
@@ -71,28 +69,29 @@ async def _serve(config: PeerConfig, dht_config: DhtConfig) -> None:
     from peer.server import open_peer
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    opening = asyncio.current_task()
+    assert opening is not None
+    starting = True
 
     def stopped() -> None:
         if stop.is_set():
             os._exit(128 + signal.SIGTERM)  # a second signal: at once
         stop.set()
         click.echo("leaving the swarm; once more to leave at once", err=True)
+        if starting:
+            opening.cancel()
 
-    opening = asyncio.current_task()
-    assert opening is not None
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, opening.cancel)  # while the peer starts
+        loop.add_signal_handler(number, stopped)
     with LoadingBar() as bar:
         try:
             async with open_peer(config, dht_config, progress=bar, say=_say) as peer:
                 bar.close()
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    loop.add_signal_handler(number, stopped)
+                starting = False
                 _show(peer)
                 await stop.wait()
-                await peer.drain()
-                await asyncio.sleep(DRAIN_S)
+                await peer.leave(config.drain_s, _say)
         except asyncio.CancelledError:
             _say("stopped before it served")
 
@@ -109,7 +108,7 @@ def _show(peer: Peer) -> None:
         click.echo(f"join {maddr}")
     click.echo(
         f"{host.served.n_blocks} blocks in all; room for {host.budget.tokens_total} tokens; "
-        f"{host.step_ms or 0:.1f} ms per token.\n"
+        f"{host.meter.step_ms or 0:.1f} ms per token.\n"
         f"Others join with:  python -m peer serve --join {peer.node.maddrs[0]}\n"
         "On this machine:   python -m client chat\n"
         "Ctrl-C leaves.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 Params = ParamSpec("Params")
@@ -24,11 +24,15 @@ class ComputeThread:
 
     async def run(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
         """What `function` returns or raises. A caller that is cancelled leaves; the function still runs to its end."""
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
+
+    def submit(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Future[Result]:
+        """As `run`, for whoever wants to wait later, or to take back what has not begun."""
         self.queued += 1
         future = self._executor.submit(function, *args, **kwargs)
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: _call_soon(loop, self._ended))
-        return await asyncio.wrap_future(future)
+        return future
 
     def _ended(self) -> None:
         self.queued -= 1

@@ -40,6 +40,9 @@ class PeerConfig:
     announce_host: str | None = field(
         default=None, metadata={"help": "Host that others reach this peer at, if it is not the one it listens on."}
     )
+    announce_port: int | None = field(
+        default=None, metadata={"help": "Port that others reach --port at, if a router forwards another one to it."}
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
     )
@@ -52,9 +55,24 @@ class PeerConfig:
     max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
     max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
     message_mib: int = field(default=512, metadata={"help": "Memory for steps that arrive, wait or run, in MiB."})
+    journal_mib: int = field(
+        default=256,
+        metadata={"help": "Memory for what replacements of the peers after this one are told, all sessions, in MiB."},
+    )
     session_idle_s: float = field(default=600.0, metadata={"help": "A session without a step for so long is dropped."})
     resume_s: float = field(
         default=60.0, metadata={"help": "So long a session waits for a client whose connection broke."}
+    )
+    drain_s: float = field(
+        default=20.0,
+        metadata={"help": "So long a peer that leaves or moves waits for its sessions to go on elsewhere."},
+    )
+    balance_every_s: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean time between two looks whether other blocks need this peer more (not with --blocks). "
+            "Not given: minutes, and seconds while blocks lack peers."
+        },
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
@@ -74,11 +92,16 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
+            raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
         for name in (
+            "drain_s",
+            "balance_every_s",
             "kv_tokens",
             "max_sessions",
             "max_step_tokens",
             "message_mib",
+            "journal_mib",
             "session_idle_s",
             "resume_s",
             "threads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,11 +15,13 @@ import grpc
 from dht.background import background
 from dht.record import State
 from peer import memory
-from peer.budget import KvBudget, MessageBudget
+from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
+from peer.links import Resolve, open_links
+from peer.meter import Meter
 from peer.service import PeerService, UnreadableAsEmpty
-from peer.session import SessionTable
+from peer.session import Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -27,7 +29,7 @@ from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import SpanModel
+from slicing import SpanCache, SpanModel
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ SWEEP_S = 5.0  # between two looks for sessions to reclaim
 STOP_GRACE_S = 1.0  # for steps under way when the port closes
 PROBE_TOKENS = 8
 MEASURED_STEPS = 5
+IDLE_S = 30.0  # without a step; then the speed is measured anew
+IDLE_LOOK_S = 5.0
+IDLE_STEPS = 3
+DRAIN_LOOK_S = 0.1
+HANDED_OVER_S = 3.0  # a session without a step for so long has gone on elsewhere, or will when it needs to
 HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
 MAX_STREAMS = 1024
 
@@ -52,6 +59,17 @@ class Served:
     legal_cuts: tuple[int, ...]
 
 
+def holding_up(sessions: Iterable[tuple[float, bool]], now_s: float) -> int:
+    """How many sessions a peer that leaves has to wait for: those with a step under way, or a moment ago.
+
+    A session that only rests (its user reads, or thinks) is not waited for: it goes on elsewhere when it goes on.
+
+    Args:
+        sessions: of each, when it last had a step, and whether one waits, is computed or handed on.
+    """
+    return sum(1 for used_s, is_busy in sessions if is_busy or now_s - used_s < HANDED_OVER_S)
+
+
 class SpanHost:
     """A loaded span, its sessions, its compute thread and its gRPC server. Make one with `open`."""
 
@@ -63,12 +81,17 @@ class SpanHost:
         self.identity = identity
         self.state: State = "joining"
         self.port = 0
-        self.step_ms: float | None = None
+        self.meter = Meter(len(model.span))
         self.budget = KvBudget(kv_tokens, len(model.span))
+        self.messages = MessageBudget(config.message_mib << 20)
+        self.journals = JournalBudget(config.journal_mib << 20)
         self.sessions = SessionTable(
             model,
             served.fingerprint,
+            served.n_blocks,
             self.budget,
+            self.journals,
+            self.messages,
             codecs=frozenset(names()),
             max_sessions=config.max_sessions,
             idle_s=config.session_idle_s,
@@ -77,18 +100,28 @@ class SpanHost:
         self._config = config
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, self.sessions, config.max_step_tokens)
-        self.messages = MessageBudget(config.message_mib << 20)
         self.service = PeerService(
-            self._describe, self.sessions, worker, self._compute, self.messages, self._max_payload_bytes()
+            self._describe, self.sessions, worker, self._compute, self.meter, self._max_payload_bytes()
         )
         self._server: grpc.aio.Server | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, model: SpanModel, served: Served, identity: Identity, config: PeerConfig
+        cls,
+        model: SpanModel,
+        served: Served,
+        identity: Identity,
+        config: PeerConfig,
+        resolve: Resolve,
+        *,
+        last_port: int = 0,
     ) -> AsyncIterator[SpanHost]:
         """A host that listens at `config.host`:`config.port`; closes the port and ends the thread on exit.
+
+        Args:
+            resolve: finds the records of the peers that come after this one in clients' chains.
+            last_port: taken again if `config.port` leaves it open, and nobody else took it meanwhile.
 
         Raises:
             ConfigError: the port is taken, or the address is not this machine's.
@@ -97,34 +130,61 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, served, identity, config, kv_tokens)
         try:
-            await host._listen()
-            host.step_ms = await host._measure()
-            async with background(host._sweep(), "session-sweeper"):
-                yield host
+            async with open_links(resolve, host.service.refused) as host.service.links:
+                await host._listen(last_port)
+                try:
+                    host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
+                    async with (
+                        background(host._sweep(), "session-sweeper"),
+                        background(host._measure_when_idle(), "idle-measurement"),
+                    ):
+                        yield host
+                finally:
+                    await host._stop()
         finally:
-            await host._stop()
             await asyncio.to_thread(host._compute.close)
 
     def drain(self) -> None:
-        """From now on: no new sessions."""
+        """From now on: no new sessions; clients are told, so that those that there are go on elsewhere."""
         self.state = "draining"
         self.sessions.draining = True
+        self.service.drain()
 
-    async def _listen(self) -> None:
+    def resume(self) -> None:
+        """Takes new sessions, again."""
+        self.state = "online"
+        self.sessions.draining = False
+
+    async def drained(self, timeout_s: float) -> int:
+        """Waits until no session holds up a leaving peer, `timeout_s` at most. Returns how many still do."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left := self.holding_up) and time.monotonic() < deadline_s:  # noqa: ASYNC110  # it lies in times, too
+            await asyncio.sleep(DRAIN_LOOK_S)
+        return left
+
+    @property
+    def holding_up(self) -> int:
+        """How many sessions a leaving peer has to wait for now."""
+        return holding_up(((s.last_used_s, _is_busy(s)) for s in self.sessions), time.monotonic())
+
+    async def _listen(self, last_port: int) -> None:
         self._server = grpc.aio.server(
             interceptors=[UnreadableAsEmpty()],
             options=server_options(MESSAGE_BYTES),
             maximum_concurrent_rpcs=MAX_STREAMS,
         )
         pb_grpc.add_PeerServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]  # generated
+        wanted = [self._config.port] if self._config.port or not last_port else [last_port, 0]
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        address = f"{host}:{self._config.port}"
-        try:
-            self.port = self._server.add_secure_port(address, server_credentials(self.identity))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen at {address}: is another program using it? choose another --port"
-            ) from error
+        for port in wanted:
+            try:
+                self.port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self.identity))
+                break
+            except RuntimeError as error:
+                if port == wanted[-1]:
+                    raise ConfigError(
+                        f"cannot listen at {host}:{port}: is another program using it? choose another --port"
+                    ) from error
         await self._server.start()
 
     async def _stop(self) -> None:
@@ -141,9 +201,21 @@ class SpanHost:
                 ended = self.sessions.ended
                 await asyncio.to_thread(memory.give_back)
 
-    async def _measure(self) -> float:
-        """Milliseconds of a one-token step through the whole span, the best of a few."""
-        return await self._compute.run(_step_ms, self.model)
+    async def _measure_when_idle(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE_LOOK_S)
+            if self.meter.idle_s(time.monotonic()) >= IDLE_S and not self._compute.queued:
+                self.meter.measured(await self._measure(IDLE_STEPS), time.monotonic())
+
+    async def _measure(self, steps: int) -> float:
+        """Milliseconds of a one-token step through the whole span, the best of a few. Gives way to others' steps."""
+        cache = self.model.new_cache()
+        best_ms = await self._compute.run(_step_ms, self.model, cache)
+        for _ in range(steps - 1):
+            if self._compute.queued:
+                break
+            best_ms = min(best_ms, await self._compute.run(_step_ms, self.model, cache))
+        return best_ms
 
     def _max_payload_bytes(self) -> int:
         bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
@@ -170,6 +242,11 @@ class SpanHost:
         )
 
 
+def _is_busy(session: Session) -> bool:
+    under_way = (session.running, session.handing_on)
+    return not session.deliveries.empty() or any(work is not None and not work.done() for work in under_way)
+
+
 def probe_kv_bytes(model: SpanModel) -> int:
     """Bytes of cache per token over the whole span, by running a few tokens."""
     cache = model.new_cache()
@@ -178,12 +255,8 @@ def probe_kv_bytes(model: SpanModel) -> int:
     return max(1, cache.nbytes() // PROBE_TOKENS)
 
 
-def _step_ms(model: SpanModel) -> float:
+def _step_ms(model: SpanModel, cache: SpanCache) -> float:
     hidden, extras = model.example_inputs(1)
-    cache = model.new_cache()
-    times_s: list[float] = []
-    for _ in range(MEASURED_STEPS):
-        started_s = time.perf_counter()
-        model.step(hidden, cache, extras=extras)
-        times_s.append(time.perf_counter() - started_s)
-    return min(times_s) * 1e3
+    started_s = time.perf_counter()
+    model.step(hidden, cache, extras=extras).cpu()  # a GPU has only been given its orders before
+    return (time.perf_counter() - started_s) * 1e3

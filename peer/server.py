@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
-
-import torch
 
 from dht.announcer import Announcer, announcing
 from dht.background import background
@@ -22,49 +21,61 @@ from dht.node import SwarmNode, open_node
 from dht.presence import findable
 from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmReader, reading
-from peer import memory
+from peer.balance import Balance
 from peer.config import PeerConfig
-from peer.host import SOFTWARE, Served, SpanHost
+from peer.first_span import FirstSpan
+from peer.host import Served, SpanHost
+from peer.hosting import Hosting
+from peer.loading import SpanLoader
 from peer.neighbours import Neighbours
-from peer.placement import choose_span
-from protocol.errors import ConfigError, SwarmNotFound, UnknownModel, WrongModel
+from peer.placement import MovePolicy
+from peer.standing import Standing
+from protocol.errors import SwarmNotFound, UnknownModel, WrongModel
 from protocol.identity import Identity, claim_identity
-from protocol.limits import WIRE_VERSION
-from protocol.span import Span
-from slicing import (
-    ModelSource,
-    Progress,
-    SpanModel,
-    block_digests,
-    check_span,
-    fingerprint,
-    legal_cuts,
-    load_config,
-    load_span,
-    n_blocks,
-    resolve,
-)
-from tensor_codecs import dtype_name, names
+from slicing import ModelSource, Progress, fingerprint, legal_cuts, load_config, n_blocks, resolve
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "potluck-demo"
+LOOK_AGAIN_S = 1.0  # clients can name peers that do not exist
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A running peer, for whoever shows it."""
 
-    host: SpanHost
     node: SwarmNode
     announcer: Announcer
-    record: Callable[[], PeerRecord]
+    standing: Standing
     found: Located | None  # None: it started a swarm of its own
 
-    async def drain(self) -> None:
-        """Takes no new sessions from now on, and tells the swarm."""
-        self.host.drain()
+    @property
+    def host(self) -> SpanHost:
+        """What serves now."""
+        assert self.standing.host is not None, "between two spans there is no host"
+        return self.standing.host
+
+    def record(self) -> PeerRecord:
+        """What it says of itself now."""
+        return self.standing.record()
+
+    async def leave(self, drain_s: float, say: Callable[[str], None] = logger.info) -> None:
+        """Takes no new sessions from now on, tells the swarm, and waits until those that there are have gone on
+        elsewhere, `drain_s` at most. What remains is done when the peer is closed."""
+        self.standing.leave()
+        host = self.standing.host
+        if host is not None:
+            host.drain()
         await self.announcer.announce()
+        if host is None or not host.holding_up:
+            return
+        say(f"{_sessions(host.holding_up)} being handed over, {drain_s:g} s at most; once more to leave at once")
+        if left := await host.drained(drain_s):
+            say(f"leaving although {_sessions(left)} still here")
+
+
+def _sessions(number: int) -> str:
+    return "1 session is" if number == 1 else f"{number} sessions are"
 
 
 @asynccontextmanager
@@ -82,8 +93,9 @@ async def open_peer(
         say: told, in one sentence each, what was found and chosen.
 
     Raises:
-        UserError: the model, the blocks, the port or the swarm cannot be used; each says what to do.
+        UserError: the model, the blocks, the port, the memory or the swarm cannot be used; each says what to do.
     """
+    rng = random.Random()
     async with AsyncExitStack() as stack:
         identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
         found = await _locate(dht_config)
@@ -91,27 +103,34 @@ async def open_peer(
         say("started a new swarm" if found is None else f"joined a swarm through {found.how}")
         reader = await stack.enter_async_context(reading(node))
         source, served = await _choose_model(config, reader)
-        span = await _choose_span(config, source, served, reader)
-        model = await asyncio.to_thread(_load, config, source, span, progress)
-        say(str(model.report))
-        host = await stack.enter_async_context(SpanHost.open(model, served, identity, config))
-        digests = await asyncio.to_thread(block_digests, model)
-        neighbours = Neighbours(
-            identity.peer_id, lambda: host.model.span, lambda: reader.view.online(served.fingerprint)
-        )
-        await stack.enter_async_context(background(neighbours.run(), "neighbours"))
-        record = _Describe(host, config, node, neighbours, tuple(bytes.fromhex(digests[b]) for b in sorted(digests)))
-        listing = ModelRecord(
-            signer=identity.peer_id,
-            name=served.model,
-            fingerprint=served.fingerprint,
-            n_blocks=served.n_blocks,
-            cuts=() if len(served.legal_cuts) == served.n_blocks + 1 else served.legal_cuts[1:-1],
-        )
-        host.state = "online"
-        announcer = await stack.enter_async_context(announcing(node, record, listing))
+        reader.watch(served.fingerprint)
+        loader = await asyncio.to_thread(SpanLoader.choose, config, source, served, progress)
+        first = FirstSpan(config, loader, reader, identity.peer_id, rng, say)
+        standing = Standing(identity, served, await first.choose(), config, partial(_hosts, config, node))
+        announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
         await stack.enter_async_context(findable(node, dht_config, "peer"))
-        yield Peer(host, node, announcer, record, found)
+        balance = Balance(standing, served, reader, _policy(config), rng)
+        neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
+        await stack.enter_async_context(background(neighbours.run(), "neighbours"))
+        standing.rtts_ms = neighbours.rtts_ms
+        resolve = partial(_resolve, reader)
+        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=resolve)
+        hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
+        await stack.enter_async_context(background(hosting.run(), "hosting"))
+        await hosting.ready.wait()
+        yield Peer(node, announcer, standing, found)
+
+
+async def _resolve(reader: SwarmReader, peer_id: str) -> PeerRecord | None:
+    """A peer's verified record; looks again in the swarm if it is not in the view, but not all the time."""
+    try:
+        known = reader.view.peer(peer_id)
+        if known is None and time.time() - reader.view.as_of > LOOK_AGAIN_S:
+            known = (await reader.refresh()).peer(peer_id)
+        return known
+    except SwarmNotFound as error:
+        logger.warning("%s", error)
+        return None
 
 
 async def _locate(config: DhtConfig) -> Located | None:
@@ -171,94 +190,26 @@ def _served(source: ModelSource) -> Served:
     return Served(name, fingerprint(source), n_blocks(config), legal_cuts(config))
 
 
-async def _choose_span(config: PeerConfig, source: ModelSource, served: Served, reader: SwarmReader) -> Span:
-    """The blocks to serve.
-
-    Raises:
-        IllegalCut: the named ones are not blocks of this model, or it cannot be cut there.
-        ConfigError: the model cannot be cut into so few blocks.
-    """
-    if config.span is not None:
-        check_span(await asyncio.to_thread(load_config, source), config.span)
-        return config.span
-    wanted = config.num_blocks
-    if wanted is None:
-        per_block = await asyncio.to_thread(memory.checkpoint_bytes, source) // served.n_blocks
-        wanted = memory.blocks_that_fit(memory.free_bytes(_device(config)), per_block, served.n_blocks)
-    spans = [peer.span for peer in reader.view.peers(served.fingerprint)]
-    return choose_span(served.n_blocks, served.legal_cuts, spans, wanted)
+def _listing(identity: Identity, served: Served) -> ModelRecord:
+    return ModelRecord(
+        signer=identity.peer_id,
+        name=served.model,
+        fingerprint=served.fingerprint,
+        n_blocks=served.n_blocks,
+        cuts=() if len(served.legal_cuts) == served.n_blocks + 1 else served.legal_cuts[1:-1],
+    )
 
 
-def _device(config: PeerConfig) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used on this machine: {reason}") from error
-    return device
+def _policy(config: PeerConfig) -> MovePolicy:
+    """The policy of moves; looks as often as the user says, also where it would look more seldom or more often."""
+    if config.balance_every_s is None:
+        return MovePolicy()
+    return MovePolicy(check_every_s=config.balance_every_s, gap_check_every_s=config.balance_every_s)
 
 
-def _load(config: PeerConfig, source: ModelSource, span: Span, progress: Progress | None) -> SpanModel:
-    device = _device(config)
-    dtype: torch.dtype | None
-    if config.dtype != "auto":
-        dtype = cast(torch.dtype, getattr(torch, config.dtype))
-    else:
-        dtype = torch.float32 if device.type == "cpu" else None
-    return load_span(source, span, dtype=dtype, device=device, progress=progress)
-
-
-class _Describe:
-    """Makes the peer's present record; called about once a second."""
-
-    def __init__(
-        self, host: SpanHost, config: PeerConfig, node: SwarmNode, neighbours: Neighbours, digests: tuple[bytes, ...]
-    ) -> None:
-        self._host = host
-        self._neighbours = neighbours
-        self._template = PeerRecord(
-            peer_id=host.identity.peer_id,
-            fingerprint=host.served.fingerprint,
-            n_blocks=host.served.n_blocks,
-            span=host.model.span,
-            state="joining",
-            addresses=_addresses(host, config, node),
-            certificate_der=host.identity.certificate_der,
-            block_digests=digests,
-            kv_tokens_total=host.budget.tokens_total,
-            codecs=names(),
-            dtype=dtype_name(host.model.dtype),
-            software=SOFTWARE,
-            wire_version=WIRE_VERSION,
-            public_name=config.public_name or "",
-            started_at=time.time(),
-        )
-
-    def __call__(self) -> PeerRecord:
-        host = self._host
-        step_ms = host.step_ms
-        return replace(
-            self._template,
-            state=host.state,
-            step_ms=step_ms,
-            tokens_per_s=None if not step_ms else 1000.0 / step_ms,
-            rtts_ms=self._neighbours.rtts_ms(),
-            kv_tokens_left=host.budget.tokens_left,
-        )
-
-
-def _addresses(host: SpanHost, config: PeerConfig, node: SwarmNode) -> tuple[str, ...]:
-    """Where others reach the gRPC port: the announced host, else those under which the DHT node is reached."""
+def _hosts(config: PeerConfig, node: SwarmNode) -> list[str]:
+    """Where others reach this machine: the announced host, else those under which the DHT node is reached."""
     if config.announce_host is not None:
-        hosts = [config.announce_host]
-    else:
-        maddrs = [Maddr.require(text) for text in node.maddrs]
-        hosts = list(dict.fromkeys(maddr.host for maddr in maddrs))
-    return tuple(f"[{h}]:{host.port}" if ":" in h else f"{h}:{host.port}" for h in hosts[:8])
+        return [config.announce_host]
+    maddrs = [Maddr.require(text) for text in node.maddrs]
+    return list(dict.fromkeys(maddr.host for maddr in maddrs))

@@ -1,10 +1,12 @@
 """The gRPC surface of a peer. Turns messages into sessions and steps, errors into typed failures; computes nothing.
 
-Life of a step here: `Infer` -> `RequestAssembler.feed` -> `ComputeThread.run(Worker.execute)` -> `result_frames`.
+Life of a step here: `Infer` (from the client) or `Push` (from the peer before) -> `RequestAssembler.feed` ->
+`Session.deliveries`, which the session's `Pump` empties.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,14 +18,17 @@ from google.protobuf.message import DecodeError
 
 from peer.budget import MessageBudget
 from peer.compute import ComputeThread
-from peer.session import Session, SessionTable
+from peer.links import Links
+from peer.meter import Meter
+from peer.pump import Pump, ReplyStream
+from peer.session import ClientLeft, Delivery, Session, SessionTable
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.errors import BadMessage, PeerFault, PotluckError, WireError
-from protocol.frames import RequestAssembler, result_frames
-from protocol.limits import PAYLOAD_BYTES
-from protocol.messages import Close, Failure, Open, Opened, Step, StepResult, check_version
+from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
+from protocol.frames import RequestAssembler
+from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
+from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +58,13 @@ class PeerService(pb_grpc.PeerServicer):
 
     Args:
         describe: makes the current Description.
-        messages: bytes of all steps that arrive, wait or run.
+        meter: told of each step.
         max_payload_bytes: a larger step is refused by its header.
+
+    Attributes:
+        links: to the peers after this one; set before the port opens.
+        begun, pushed, relayed: steps so far that came from clients at the model's first block, from the peer before
+            this one, and from clients that had to carry them from there.
     """
 
     def __init__(
@@ -63,15 +73,18 @@ class PeerService(pb_grpc.PeerServicer):
         sessions: SessionTable,
         worker: Worker,
         compute: ComputeThread,
-        messages: MessageBudget,
+        meter: Meter,
         max_payload_bytes: int,
     ) -> None:
+        self.links: Links | None = None
+        self.begun = self.pushed = self.relayed = 0
         self._describe = describe
         self._sessions = sessions
         self._worker = worker
         self._compute = compute
-        self._messages = messages
+        self._meter = meter
         self._max_payload_bytes = max_payload_bytes
+        self._visits: set[_Visit] = set()
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:  # noqa: N802
         try:
@@ -88,73 +101,262 @@ class PeerService(pb_grpc.PeerServicer):
             kv_tokens_left=self._sessions.budget.tokens_left,
             sessions=len(self._sessions),
             queue=self._compute.queued,
+            steps_begun=self.begun,
+            steps_pushed=self.pushed,
+            steps_relayed=self.relayed,
         )
 
-    async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> AsyncIterator[pb.InferReply]:  # noqa: N802
-        held = _Held(self._messages)
-        assembler = RequestAssembler(self._max_payload_bytes, held.reserve)
-        session: Session | None = None
+    async def Progress(self, request: pb.ProgressRequest, context: Any) -> pb.ProgressReply:  # noqa: N802
+        session = self._sessions.find(request.session_id) if len(request.session_id) == SESSION_ID_BYTES else None
+        if session is None or session.broken:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "this peer does not hold that session")
+        assert session is not None
+        return Progress(
+            epoch=session.epoch,
+            received=session.received,
+            next_step=session.next_step,
+            sent=session.sent,
+            arriving_bytes=session.arriving_bytes,
+            queue=self._compute.queued,
+            expected_ms=self._compute.queued * self._worker.typical_ms,
+        ).to_proto()
+
+    async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
+        visit = _Visit(self, ReplyStream(context))
+        self._visits.add(visit)
+        try:
+            await visit.run(requests)
+        finally:
+            self._visits.discard(visit)
+
+    async def Push(self, requests: AsyncIterator[pb.PushRequest], context: Any) -> None:  # noqa: N802
+        arriving: dict[bytes, _Arriving] = {}
+        step_ids: dict[bytes, int] = {}  # of what arrives
         try:
             async for message in requests:
+                if message.request.WhichOneof("kind") == "step":
+                    step_ids[message.edge] = message.request.step.step_id
                 try:
-                    request = assembler.feed(message)
-                    if request is None:
-                        continue
-                    if isinstance(request, Close):
-                        self._close(session)
-                        session = None
-                        return
-                    if isinstance(request, Open):
-                        session = self._open(session, request)
-                        yield self._opened(session).to_proto()
-                    else:
-                        result = await self._step(session, request)
-                        held.release()
-                        for reply in result_frames(result):
-                            yield reply
+                    self._take(arriving, message)
                 except PotluckError as error:
-                    # A step that was refused by its header goes on arriving: only a new stream is in order again.
-                    fatal = isinstance(error, WireError) or assembler.refused
-                    held.release()
-                    yield Failure(error, step_id=_step_id(message), fatal=fatal).to_proto()
-                    if fatal:
-                        await _drop_payload(message, requests)
-                        return
+                    refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
+                    await context.write(pb.PushReply(edge=message.edge, failure=refusal))
         finally:
-            held.release()
-            if session is not None:  # the stream ended without a Close: the client may come back
-                self._sessions.detach(session, time.monotonic())
+            for half in arriving.values():
+                half.release()
 
-    def _open(self, session: Session | None, request: Open) -> Session:
-        if session is not None:
-            raise BadMessage("a stream carries one session")
-        return self._sessions.open(request, time.monotonic())
+    def _take(self, arriving: dict[bytes, _Arriving], message: pb.PushRequest) -> None:
+        """One message of a push; `arriving`: the steps that are not whole yet, by edge.
 
-    def _close(self, session: Session | None) -> None:
-        if session is not None:
-            self._sessions.close(session)
+        Raises:
+            StaleEpoch: nobody takes steps under that token.
+            PeerFull, WireError: the step is refused.
+        """
+        kind = message.request.WhichOneof("kind")
+        if kind not in ("step", "more"):
+            raise BadMessage("only steps can be pushed")
+        half = arriving.get(message.edge)
+        if half is None:
+            if kind == "more":
+                return  # of a step that was refused
+            session = self._sessions.by_edge(message.edge)
+            half = arriving[message.edge] = self.arriving()
+            half.session = session
+        try:
+            step = half.feed(message.request)
+            if not isinstance(step, Step):
+                return
+            session = self._sessions.by_edge(message.edge)
+            if step.epoch != session.epoch:
+                raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
+        except PotluckError:
+            half.release()
+            del arriving[message.edge]
+            raise
+        del arriving[message.edge]
+        self.pushed += 1
+        self.enqueue(session, step, half.hand_over(), pushed=True)
 
-    def _opened(self, session: Session) -> Opened:
+    def arriving(self) -> _Arriving:
+        return _Arriving(self._sessions.messages, self._max_payload_bytes)
+
+    def enqueue(self, session: Session, step: Step, nbytes: int, *, pushed: bool) -> None:
+        """The step has arrived whole; `nbytes` of the message budget are its own until it is computed."""
+        if session.broken:  # dropped while the step arrived: nobody would compute it, or give the bytes back
+            self._sessions.messages.release(nbytes)
+            raise SessionLost("this peer does not hold that session any more; replay it")
+        session.received = max(session.received, step.step_id + 1)
+        session.last_used_s = time.monotonic()
+        session.deliveries.put_nowait(Delivery(step, time.perf_counter(), nbytes, pushed))
+
+    def refused(self, edge: bytes, error: PotluckError, step_id: int) -> None:
+        """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
+        for session in self._sessions:
+            route, latest = session.route, session.outputs.latest
+            if route is not None and route.edge == edge and not session.undelivered:
+                is_latest = latest is not None and latest.step_id == step_id
+                session.fall_back(error.message, sent=step_id if is_latest else route.next_step)
+
+    def drain(self) -> None:
+        """Tells all clients that this peer is leaving: they find replacements while it still answers."""
+        for visit in self._visits:
+            visit.tell(Notice("draining"))
+
+    def pump(self, session: Session, client: ReplyStream) -> Pump:
+        assert self.links is not None
+        return Pump(session, self._sessions, self._worker, self._compute, self.links, self._meter, client)
+
+    @property
+    def sessions(self) -> SessionTable:
+        return self._sessions
+
+    def opened(self, session: Session) -> Opened:
         return Opened(
             session.next_step,
             session.tokens,
             self._sessions.budget.tokens_left,
             self._describe().dtype,
+            log_whole=session.outputs.keeps_all and session.outputs.whole,
         )
 
-    async def _step(self, session: Session | None, step: Step) -> StepResult:
-        if session is None:
-            raise BadMessage("a step before the session was opened")
-        session.last_used_s = time.monotonic()
+
+class _Visit:
+    """One client's `Infer` stream, from its Open to its end."""
+
+    def __init__(self, service: PeerService, client: ReplyStream) -> None:
+        self.client = client
+        self._service = service
+        self._session: Session | None = None
+        self._pumping: asyncio.Task[None] | None = None
+
+    async def run(self, requests: AsyncIterator[pb.InferRequest]) -> None:
+        """Until the client closes the session or leaves, or one side broke the protocol."""
+        arriving = self._service.arriving()
         try:
-            result = await self._compute.run(self._worker.execute, session, step, time.perf_counter())
-        except PotluckError:
-            raise
-        except Exception as error:
-            logger.exception("a step failed before it was applied")
-            raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
-        session.last_used_s = time.monotonic()
-        return result
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self._reading = tasks.create_task(self._read(requests, arriving))
+                await asyncio.wait({self._reading})
+                if self._pumping is not None:
+                    self._pumping.cancel()
+        except* ClientLeft:
+            logger.debug("a client left while it was answered")
+        finally:
+            arriving.release()
+            if self._session is not None:  # the stream ended without a Close: the client may come back
+                self._service.sessions.detach(self._session, time.monotonic())
+
+    async def _read(self, requests: AsyncIterator[pb.InferRequest], arriving: _Arriving) -> None:
+        async for message in requests:
+            try:
+                arriving.session = self._session
+                request = arriving.feed(message)
+                if isinstance(request, Close):
+                    self._close()
+                    return
+                if isinstance(request, Open):
+                    await self._open(request)
+                elif isinstance(request, Route):
+                    self._opened_session().reroute(request)
+                elif isinstance(request, Step):
+                    self._enqueue(request, arriving)
+            except PotluckError as error:
+                # A step that was refused by its header goes on arriving: only a new stream is in order again.
+                fatal = isinstance(error, WireError) or arriving.refused
+                arriving.release()
+                await self.client.fail(error, _step_id(message), fatal=fatal)
+                if fatal:
+                    await _drop_payload(message, requests)
+                    return
+
+    async def _open(self, request: Open) -> None:
+        mine = self._session
+        if mine is not None and (request.session_id != mine.session_id or not request.resume):
+            raise BadMessage("a stream carries one session")
+        session = self._session = self._service.sessions.open(request, time.monotonic())
+        if mine is not None:
+            session.attached -= 1  # the same stream, a new epoch
+        else:
+            session.owner, before = self, session.owner
+            if before is not None:
+                await before.leave()
+        if session.running is not None and not session.running.done():
+            # From here on, `next_step` is what it is: steps of older epochs that still wait are refused.
+            await asyncio.gather(asyncio.wrap_future(session.running), return_exceptions=True)
+        session.received = session.next_step
+        await self.client.send(self._service.opened(session).to_proto())
+        if self._pumping is None:
+            self._pumping = self._tasks.create_task(self._pump(session))
+
+    def tell(self, notice: Notice) -> None:
+        """The client hears it soon."""
+        if not self._reading.done():
+            self._tasks.create_task(self.client.send(notice.to_proto()))
+
+    async def leave(self) -> None:
+        """The client has come back on another stream; this one's session is its own no longer."""
+        if self._session is not None:
+            self._session.attached -= 1
+            self._session = None
+        self._reading.cancel()
+        if self._pumping is not None:
+            self._pumping.cancel()
+            await asyncio.wait({self._pumping})
+
+    async def _pump(self, session: Session) -> None:
+        await self._service.pump(session, self.client).run()
+        self._reading.cancel()
+
+    def _enqueue(self, step: Step, arriving: _Arriving) -> None:
+        session = self._opened_session()
+        if session.span.start == 0:
+            self._service.begun += 1
+        else:
+            self._service.relayed += 1
+        self._service.enqueue(session, step, arriving.hand_over(), pushed=False)
+
+    def _opened_session(self) -> Session:
+        if self._session is None:
+            raise BadMessage("a step or a route before the session was opened")
+        return self._session
+
+    def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            self._service.sessions.close(session)
+
+
+class _Arriving:
+    """What arrives on one stream and is not whole yet, and what that holds of the message budget."""
+
+    def __init__(self, budget: MessageBudget, max_payload_bytes: int) -> None:
+        self.session: Session | None = None
+        self._budget = budget
+        self._nbytes = 0
+        self._assembler = RequestAssembler(max_payload_bytes, self._reserve)
+
+    def feed(self, message: pb.InferRequest) -> Open | Route | Step | Close | None:
+        """See `RequestAssembler.feed`."""
+        if self.session is not None:
+            self.session.arriving_bytes += len(message.chunk)
+        return self._assembler.feed(message)
+
+    @property
+    def refused(self) -> bool:
+        """Was the last step refused by its header, while the rest of it may still arrive?"""
+        return self._assembler.refused
+
+    def hand_over(self) -> int:
+        """The bytes that are held now belong to the caller."""
+        nbytes, self._nbytes = self._nbytes, 0
+        return nbytes
+
+    def release(self) -> None:
+        self._budget.release(self.hand_over())
+
+    def _reserve(self, nbytes: int) -> None:
+        self._budget.reserve(nbytes)
+        self._nbytes += nbytes
 
 
 async def _drop_payload(message: pb.InferRequest, requests: AsyncIterator[pb.InferRequest]) -> None:
@@ -168,22 +370,6 @@ async def _drop_payload(message: pb.InferRequest, requests: AsyncIterator[pb.Inf
         if more is None or not more.chunk:
             return
         missing -= len(more.chunk)
-
-
-class _Held:
-    """What one stream holds of the message budget."""
-
-    def __init__(self, budget: MessageBudget) -> None:
-        self._budget = budget
-        self._nbytes = 0
-
-    def reserve(self, nbytes: int) -> None:
-        self._budget.reserve(nbytes)
-        self._nbytes += nbytes
-
-    def release(self) -> None:
-        self._budget.release(self._nbytes)
-        self._nbytes = 0
 
 
 def _step_id(message: pb.InferRequest) -> int:

@@ -7,12 +7,17 @@ one lock, held for microseconds, keeps the budget right between them.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from peer.budget import RETRY_AFTER_S, KvBudget
+from peer.budget import RETRY_AFTER_S, JournalBudget, KvBudget, MessageBudget
 from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
-from protocol.messages import Open, StepResult
+from protocol.journal import Entry, StepLog
+from protocol.messages import HopTrace, Open, Route, Step
 from protocol.span import Span
 from slicing import SpanCache, SpanModel
 
@@ -20,26 +25,107 @@ RESERVE_TOKENS = 64  # an unannounced session's budget grows by this many tokens
 
 
 @dataclass(slots=True, eq=False)
+class Delivery:
+    """A step that has arrived whole, and what it holds of the message budget until it is computed."""
+
+    step: Step
+    arrived_s: float
+    nbytes: int
+    pushed: bool  # by the peer before this one; else sent by the client
+
+    def release(self, messages: MessageBudget) -> None:
+        messages.release(self.nbytes)
+        self.nbytes = 0
+
+
+class Owner(Protocol):
+    """The client's stream to which a session belongs."""
+
+    async def leave(self) -> None:
+        """Another stream takes the session over."""
+
+
+class ClientLeft(Exception):
+    """The client's stream has ended; whatever was to be said to it is moot."""
+
+
+class Rerouted(Exception):  # not an error, but the end of a wait
+    """While an output was handed on, the session's route changed."""
+
+
+@dataclass(slots=True, eq=False)
 class Session:
-    """State of one session on this peer. `cache`, `next_step` and `last_result` belong to the compute thread, the rest
-    to the event loop."""
+    """State of one session on this peer. `cache`, `next_step` and `outputs` belong to the compute thread, the rest to
+    the event loop.
+
+    Attributes:
+        edge: what the peer before this one shows with each step that it pushes.
+        route: where outputs go; None: the client has not said yet, they wait.
+        sent: the step after the last one whose output was handed on.
+        deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
+        turn: grows whenever what is to be handed on, or where to, changes.
+        running: the step that is in the compute thread's queue.
+        handing_on: the push that is under way.
+    """
 
     session_id: bytes
     epoch: int
     span: Span
     codec: str
     cache: SpanCache | None  # None: stateless
+    outputs: StepLog
+    edge: bytes = b""
     reserved: int = 0  # block-tokens taken from the budget
     next_step: int = 0
-    last_result: StepResult | None = None  # of step `next_step - 1`, for a client that asks again
     broken: bool = False  # dropped, or a step failed half-way: the cache can no longer be trusted
+    route: Route | None = None
+    sent: int = 0
+    turn: int = 0
+    undelivered: str = ""  # why outputs go to the client, where the route says otherwise
+    received: int = 0  # the step after the last one that has arrived whole
+    arriving_bytes: int = 0  # of steps, so far, those that are not whole included
+    deliveries: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
+    running: Future[HopTrace | None] | None = None
+    handing_on: asyncio.Future[None] | None = None
     attached: int = 0  # streams that use it now
+    owner: Owner | None = None  # the latest of them
     last_used_s: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Tokens per row in the cache."""
         return 0 if self.cache is None else self.cache.n_tokens
+
+    def reroute(self, route: Route) -> None:
+        """Outputs go along `route` from now on, beginning with those that its next hop lacks.
+
+        Raises:
+            StaleEpoch: the route belongs to an older epoch.
+        """
+        if route.epoch < self.epoch:
+            raise StaleEpoch(f"the session is at epoch {self.epoch} already, not {route.epoch}")
+        self.route, self.sent, self.undelivered = route, route.next_step, ""
+        self.interrupt()
+        self.deliveries.put_nowait(None)
+
+    def fall_back(self, why: str, sent: int) -> None:
+        """The next peer could not be told: outputs from `sent` on go to the client, which finds another way."""
+        self.undelivered, self.sent = why, sent
+        self.interrupt()
+        self.deliveries.put_nowait(None)
+
+    def interrupt(self) -> None:
+        """What is being handed on was for another route, or another epoch."""
+        self.turn += 1
+        if self.handing_on is not None and not self.handing_on.done():
+            self.handing_on.set_exception(Rerouted())
+
+    def drop_deliveries(self, messages: MessageBudget) -> None:
+        """Nobody will compute what has arrived."""
+        while not self.deliveries.empty():
+            delivery = self.deliveries.get_nowait()
+            if delivery is not None:
+                delivery.release(messages)
 
 
 @dataclass(slots=True)
@@ -49,7 +135,10 @@ class SessionTable:
     Args:
         model: makes the caches.
         fingerprint: of the model that is served.
+        n_blocks: of that model; sessions that end before the last one keep a journal.
         budget: KV tokens over all sessions.
+        journals: bytes of the journals of all sessions.
+        messages: bytes of all steps that arrive, wait or run.
         max_sessions: sessions at once.
         codecs: what results can be encoded with.
         idle_s: a session without a step for so long is dropped.
@@ -58,21 +147,43 @@ class SessionTable:
 
     model: SpanModel
     fingerprint: str
+    n_blocks: int
     budget: KvBudget
+    journals: JournalBudget
+    messages: MessageBudget
     codecs: frozenset[str]
     max_sessions: int
     idle_s: float
     resume_s: float
     draining: bool = False
     ended: int = 0  # sessions that were closed or dropped so far
-    _sessions: dict[tuple[bytes, int], Session] = field(default_factory=dict)
+    _sessions: dict[bytes, Session] = field(default_factory=dict)
+    _by_edge: dict[bytes, Session] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def find(self, session_id: bytes) -> Session | None:
+        """The session of that id, which only its client knows."""
+        return self._sessions.get(session_id)
+
+    def by_edge(self, edge: bytes) -> Session:
+        """The session into which the holder of the token `edge` may push.
+
+        Raises:
+            StaleEpoch: there is none: the session has moved on, or ended.
+        """
+        session = self._by_edge.get(edge)
+        if session is None:
+            raise StaleEpoch("no session takes steps under that token, or no longer")
+        return session
+
     def open(self, request: Open, now_s: float) -> Session:
-        """The session that `request` opens or resumes, attached to the caller's stream.
+        """The session that `request` opens or resumes, attached to the caller's stream. Outputs wait for a route.
 
         Raises:
             WrongModel, StaleEpoch, SessionLost, PeerFull, PeerDraining.
@@ -84,11 +195,18 @@ class SessionTable:
             raise WrongModel(f"this peer serves the blocks {self.model.span}, not {request.span}")
         if request.codec not in self.codecs:
             raise BadMessage(f"no codec {request.codec!r} here; there are {', '.join(sorted(self.codecs))}")
-        key = (request.session_id, request.span.start)
-        known = self._sessions.get(key)
+        known = self._sessions.get(request.session_id)
         if known is not None and request.epoch < known.epoch:
             raise StaleEpoch(f"the session is at epoch {known.epoch} already, not {request.epoch}")
-        session = self._resumed(known, request) if request.resume else self._new(known, request, key)
+        if request.edge and self._by_edge.get(request.edge, known) is not known:
+            raise BadMessage("that token belongs to another session's edge")
+        session = self._resumed(known, request) if request.resume else self._new(known, request)
+        self._by_edge.pop(session.edge, None)
+        session.edge = request.edge
+        if request.edge:
+            self._by_edge[request.edge] = session
+        session.epoch, session.route, session.undelivered = request.epoch, None, ""
+        session.interrupt()
         session.attached += 1
         session.last_used_s = now_s
         return session
@@ -96,10 +214,9 @@ class SessionTable:
     def _resumed(self, known: Session | None, request: Open) -> Session:
         if known is None or known.broken or known.span != request.span:
             raise SessionLost("this peer does not (or no longer) hold that session; replay it")
-        known.epoch = request.epoch
         return known
 
-    def _new(self, known: Session | None, request: Open, key: tuple[bytes, int]) -> Session:
+    def _new(self, known: Session | None, request: Open) -> Session:
         if known is not None:
             if request.epoch == known.epoch and not known.broken:
                 raise BadMessage("that session is open already; resume it, or open it with a newer epoch")
@@ -112,8 +229,11 @@ class SessionTable:
         reserved = 0 if request.stateless else request.batch * request.max_tokens * len(request.span)
         with self._lock:
             self.budget.reserve(reserved)
-        session = Session(request.session_id, request.epoch, request.span, request.codec, cache, reserved)
-        self._sessions[key] = session
+        outputs = StepLog(keeps_all=not request.stateless and request.span.stop < self.n_blocks)
+        session = Session(
+            request.session_id, request.epoch, request.span, request.codec, cache, outputs, reserved=reserved
+        )
+        self._sessions[request.session_id] = session
         return session
 
     def ensure_room(self, session: Session, rows: int, tokens: int) -> None:
@@ -132,6 +252,13 @@ class SessionTable:
                 raise SessionLost("the session was dropped while its step waited; replay it")
             self.budget.reserve(wanted - session.reserved)
             session.reserved = wanted
+
+    def remember(self, session: Session, output: Entry) -> None:
+        """Keeps the output of the session's latest step, until the next hop, or a replacement of it, has it."""
+        with self._lock:
+            if not session.broken:
+                session.outputs.put(output)
+                self.journals.keep(session.outputs)
 
     def detach(self, session: Session, now_s: float) -> None:
         """The session's stream ended without a Close; a broken session goes at once."""
@@ -155,13 +282,15 @@ class SessionTable:
         return self.idle_s if session.attached > 0 else self.resume_s
 
     def _drop(self, session: Session) -> None:
-        key = (session.session_id, session.span.start)
-        if self._sessions.get(key) is session:
-            del self._sessions[key]
+        if self._sessions.get(session.session_id) is session:
+            del self._sessions[session.session_id]
+            self._by_edge.pop(session.edge, None)
             self.ended += 1
             with self._lock:
                 self.budget.release(session.reserved)
                 session.reserved = 0
                 session.broken = True
+                self.journals.forget(session.outputs)
+            session.drop_deliveries(self.messages)
             session.cache = None
-            session.last_result = None
+            session.outputs = StepLog(keeps_all=False)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -15,13 +17,16 @@ from torch import Tensor
 
 from peer.session import Session, SessionTable
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
+from protocol.journal import Entry, Part
 from protocol.limits import MAX_BATCH
-from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, Step, StepResult, TensorSpec, token_axis
+from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, HopTrace, Step, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
 from slicing import CacheOp, SpanCache, SpanModel
 from tensor_codecs import codec, dtype_name, dtype_of
 
 logger = logging.getLogger(__name__)
+
+TYPICAL_SHARE = 0.1  # of the newest step in the running mean of steps' times
 
 
 class Worker:
@@ -37,14 +42,16 @@ class Worker:
         self._model = model
         self._sessions = sessions
         self._max_tokens = max_tokens
+        self.typical_ms = 0.0  # of one step, lately
         self._inputs = {HIDDEN, ATTENTION_MASK, POSITION_IDS, *model.extras}
         self._leading = tuple(model.example_inputs(1)[0].shape[:-3])  # of hidden states, before rows and tokens
 
-    def execute(self, session: Session, step: Step, queued_at_s: float) -> StepResult:
-        """The result of `step`, or the kept one if it was applied before (law 3).
+    def execute(self, session: Session, step: Step, arrived_s: float) -> HopTrace | None:
+        """Applies `step` and keeps its output in the session. Returns what it cost; None if it was applied before
+        (law 3): its output is kept, or was taken.
 
         Args:
-            queued_at_s: `time.perf_counter()` when the step arrived.
+            arrived_s: `time.perf_counter()` when the step had arrived.
 
         Raises:
             StaleEpoch, SessionLost: the session has moved on, or is gone.
@@ -57,34 +64,32 @@ class Worker:
         if session.broken:
             raise SessionLost("a step of that session failed before, or it was dropped; replay it")
         if step.step_id < session.next_step:
-            return _repeat(session, step)
+            return None
         inputs = self._checked_inputs(session, step)
-        session.epoch = step.epoch
         try:
             hidden = self._run(session, step, inputs)
-            specs, payload = self._encode(session, hidden) if step.want_result else ((), b"")
+            output = self._onward(session, step, hidden)
         except BaseException as error:
             session.broken = True
             raise _fault(error) from error
         ended_s = time.perf_counter()
-        result = StepResult(
-            step.epoch,
-            step.step_id,
-            specs,
-            payload,
-            queue_ms=(started_s - queued_at_s) * 1e3,
+        cost = HopTrace(
+            start=session.span.start,
+            queue_ms=max(0.0, started_s - arrived_s) * 1e3,
             compute_ms=(ended_s - started_s) * 1e3,
             kv_tokens_left=self._sessions.budget.tokens_left,
         )
+        self.typical_ms += TYPICAL_SHARE * (cost.compute_ms - self.typical_ms)
         session.next_step = step.step_id + 1
-        session.last_result = result
-        return result
+        self._sessions.remember(session, replace(output, trace=(*step.trace, cost)))
+        return cost
 
     # ------------------------------------------------------------------ checks: nothing is changed before they pass
 
     def _checked_inputs(self, session: Session, step: Step) -> dict[str, Tensor]:
-        if session.cache is not None and step.position != session.cache.n_tokens:
-            raise BadMessage(f"the step starts at token {step.position}, the session is at {session.cache.n_tokens}")
+        cache = session.cache
+        if cache is not None and step.position != (held := _tokens_after(cache.n_tokens, step.ops)):
+            raise BadMessage(f"the step starts at token {step.position}, the session is at {held}")
         rows_x_tokens = 0
         for spec in step.tensors:
             self._check(spec)
@@ -149,16 +154,27 @@ class Worker:
             self._sessions.ensure_room(session, rows, cache.n_tokens)
         cache.apply(_cache_op(op))
 
-    def _encode(self, session: Session, hidden: Tensor) -> tuple[tuple[TensorSpec, ...], bytes]:
+    def _onward(self, session: Session, step: Step, hidden: Tensor) -> Entry:
+        """What the next hop is told: the hidden states that came out, with the step's other inputs and operations.
+        After the model's last block nobody needs these."""
         payload = codec(session.codec).encode(hidden)
         spec = TensorSpec(HIDDEN, session.codec, dtype_name(hidden.dtype), tuple(hidden.shape), len(payload))
-        return (spec,), payload
+        parts, ops = [Part(spec, payload)], step.ops
+        if session.span.stop == self._sessions.n_blocks:
+            ops = ()
+        else:
+            parts += [Part(spec, bytes(data)) for spec, data in step.parts() if spec.name != HIDDEN]
+        return Entry(step.position, hidden.shape[-2], hidden.shape[-3], tuple(parts), ops, step.step_id)
 
 
-def _repeat(session: Session, step: Step) -> StepResult:
-    if session.last_result is not None and session.last_result.step_id == step.step_id:
-        return session.last_result
-    raise BadMessage(f"step {step.step_id} was applied before; the session expects step {session.next_step}")
+def _tokens_after(tokens: int, ops: Iterable[WireOp]) -> int:
+    """Tokens per row in a cache of `tokens`, once `ops` are applied."""
+    for op in ops:
+        if op.kind == "reset":
+            tokens = 0
+        elif op.kind == "crop":
+            tokens = min(tokens, op.values[0])
+    return tokens
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:

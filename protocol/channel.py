@@ -16,8 +16,9 @@ from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost
 from protocol.identity import Identity, common_name, load_certificate
 
 KEEPALIVE_EVERY_MS = 10_000
-KEEPALIVE_TIMEOUT_MS = 5_000
-"""A dead connection is noticed at most 15 s after its last sign of life; steps have their own, shorter, deadlines."""
+KEEPALIVE_TIMEOUT_MS = 20_000
+"""A dead connection is noticed at most 30 s after its last sign of life; steps have their own, shorter, deadlines.
+Pings wait behind payload: on a slow line a shorter time would end connections that are at work."""
 MIN_PING_GAP_MS = 5_000
 """Below what clients send: a stricter server would end their connections with `too_many_pings`."""
 RECONNECT_MIN_MS = 100
@@ -36,6 +37,7 @@ def server_options(max_message_bytes: int) -> list[Option]:
     return [
         *_shared_options(max_message_bytes),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_GAP_MS),
+        ("grpc.http2.max_ping_strikes", 0),  # pings that a line held back arrive all at once
         ("grpc.so_reuseport", 0),  # else a second server on the same port would silently take half the connections
     ]
 

@@ -7,14 +7,13 @@ step is one message.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage
 from protocol.limits import CHUNK_BYTES
-from protocol.messages import Close, Failure, Notice, Open, Opened, Step, StepResult, check_tensors
+from protocol.messages import Close, Failure, Notice, Open, Opened, Route, Step, StepResult, check_tensors
 
-Request = Open | Step | Close
+Request = Open | Route | Step | Close
 Reply = Opened | StepResult | Failure | Notice
 
 
@@ -28,20 +27,16 @@ def step_frames(step: Step) -> Iterator[pb.InferRequest]:
 
 def result_frames(result: StepResult) -> Iterator[pb.InferReply]:
     """The gRPC messages of a step's result, in order."""
-    payload = result.payload
+    payload = result.step.payload
     yield pb.InferReply(result=result.header(), chunk=payload[:CHUNK_BYTES])
     for offset in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
         yield pb.InferReply(more=pb.More(), chunk=payload[offset : offset + CHUNK_BYTES])
 
 
-class _Header(Protocol):
-    payload_bytes: int
-
-
 class _Gather:
     """Collects the chunks of one payload. Holds what has arrived, never more than the header declared."""
 
-    def __init__(self, header: _Header, chunk: bytes) -> None:
+    def __init__(self, header: pb.Step, chunk: bytes) -> None:
         self.header = header
         self._chunks = [chunk]
         self._missing = header.payload_bytes - len(chunk)
@@ -105,6 +100,8 @@ class RequestAssembler:
             return self._finish()
         if kind == "open":
             return Open.from_proto(message.open)
+        if kind == "route":
+            return Route.from_proto(message.route)
         if kind == "close":
             return Close()
         raise BadMessage("an empty or unknown request" if kind is None else f"a {kind} out of order")
@@ -115,7 +112,6 @@ class RequestAssembler:
         if payload is None:
             return None
         header, self._gather = self._gather.header, None
-        assert isinstance(header, pb.Step)
         return Step.from_proto(header, payload)
 
 
@@ -125,6 +121,7 @@ class ReplyAssembler:
     def __init__(self, max_payload_bytes: int) -> None:
         self._max_payload_bytes = max_payload_bytes
         self._gather: _Gather | None = None
+        self._result = pb.StepResult()  # whose payload is gathered
 
     def feed(self, message: pb.InferReply) -> Reply | None:
         """The reply that `message` completes, or None while its payload is incomplete.
@@ -144,10 +141,12 @@ class ReplyAssembler:
             self._gather.add(message.chunk)
             return self._finish()
         if kind == "result":
-            if message.result.payload_bytes > self._max_payload_bytes:
-                raise BadMessage(f"a result of {message.result.payload_bytes} bytes, larger than asked for")
-            check_tensors(message.result.tensors, message.result.payload_bytes)
-            self._gather = _Gather(message.result, message.chunk)
+            header = message.result.step
+            if header.payload_bytes > self._max_payload_bytes:
+                raise BadMessage(f"a result of {header.payload_bytes} bytes, larger than asked for")
+            check_tensors(header.tensors, header.payload_bytes)
+            self._result = message.result
+            self._gather = _Gather(header, message.chunk)
             return self._finish()
         if kind == "opened":
             return Opened.from_proto(message.opened)
@@ -158,6 +157,5 @@ class ReplyAssembler:
         payload = self._gather.payload()
         if payload is None:
             return None
-        header, self._gather = self._gather.header, None
-        assert isinstance(header, pb.StepResult)
-        return StepResult.from_proto(header, payload)
+        self._gather = None
+        return StepResult.from_proto(self._result, payload)

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage, PotluckError, VersionMismatch, from_wire
 from protocol.limits import (
+    EDGE_BYTES,
     MAX_BATCH,
     MAX_CACHE_OPS,
+    MAX_COUNT,
     MAX_DIM,
     MAX_DIMS,
     MAX_ERROR_CHARS,
     MAX_NAME_CHARS,
+    MAX_PEER_ID_CHARS,
     MAX_TENSORS,
+    MAX_TRACE,
     PAYLOAD_BYTES,
     SESSION_ID_BYTES,
     WIRE_VERSION,
@@ -88,7 +92,11 @@ class CacheOp:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Opens (or, with `resume`, takes up again) a session over `span` of the model with this fingerprint."""
+    """Opens (or, with `resume`, takes up again) a session over `span` of the model with this fingerprint.
+
+    `session_id` is known to the client and this peer alone, `edge` also to the peer before it, which shows it with each
+    step that it pushes (law 7). From now on only steps of `epoch` are taken. Outputs wait for a `Route`.
+    """
 
     session_id: bytes
     epoch: int
@@ -99,6 +107,7 @@ class Open:
     max_tokens: int
     resume: bool = False
     stateless: bool = False
+    edge: bytes = b""
 
     def to_proto(self) -> pb.InferRequest:
         return pb.InferRequest(
@@ -114,6 +123,7 @@ class Open:
                 max_tokens=self.max_tokens,
                 resume=self.resume,
                 stateless=self.stateless,
+                edge=self.edge,
             )
         )
 
@@ -122,6 +132,8 @@ class Open:
         check_version(message.wire_version)
         if len(message.session_id) != SESSION_ID_BYTES:
             raise BadMessage(f"a session id has {SESSION_ID_BYTES} bytes, not {len(message.session_id)}")
+        _check_edge(message.edge, optional=True)
+        _check_counts(message.epoch, message.max_tokens)
         if message.stop <= message.start:
             raise BadMessage(f"{message.start}:{message.stop} is not a span of blocks")
         if len(message.fingerprint) > MAX_NAME_CHARS * 2 or len(message.codec) > MAX_NAME_CHARS:
@@ -138,36 +150,103 @@ class Open:
             message.max_tokens,
             message.resume,
             message.stateless,
+            message.edge,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The peer holds the session: `next_step` is the step id it expects, `tokens` what its cache has per row."""
+    """The peer holds the session: `next_step` is the step id it expects, `tokens` what its cache has per row.
+
+    `log_whole`: it can send the outputs of all steps again, so that a new peer after it can be told; otherwise only the
+    last one's.
+    """
 
     next_step: int
     tokens: int
     kv_tokens_left: int
     dtype: str
+    log_whole: bool = False
 
     def to_proto(self) -> pb.InferReply:
         return pb.InferReply(
             opened=pb.Opened(
-                next_step=self.next_step, tokens=self.tokens, kv_tokens_left=self.kv_tokens_left, dtype=self.dtype
+                next_step=self.next_step,
+                tokens=self.tokens,
+                kv_tokens_left=self.kv_tokens_left,
+                dtype=self.dtype,
+                log_whole=self.log_whole,
             )
         )
 
     @classmethod
     def from_proto(cls, message: pb.Opened) -> Opened:
-        return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype)
+        _check_counts(message.next_step, message.tokens)
+        return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype, message.log_whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a session's outputs go, from the step `next_step` on; those that are kept are sent again as needed.
+
+    `peer_id` and `edge`: the next peer of the chain and the token that it asks for; empty: the client takes them.
+    """
+
+    epoch: int
+    next_step: int
+    peer_id: str = ""
+    edge: bytes = b""
+
+    def to_proto(self) -> pb.InferRequest:
+        return pb.InferRequest(
+            route=pb.Route(
+                epoch=self.epoch,
+                peer_id=self.peer_id,
+                edge=self.edge,
+                next_step=self.next_step,
+            )
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.Route) -> Route:
+        if len(message.peer_id) > MAX_PEER_ID_CHARS:
+            raise BadMessage("a peer id is too long")
+        _check_edge(message.edge, optional=not message.peer_id)
+        _check_counts(message.epoch, message.next_step)
+        return cls(message.epoch, message.next_step, message.peer_id, message.edge)
+
+
+@dataclass(frozen=True, slots=True)
+class HopTrace:
+    """What a step met at the hop whose first block is `start`. The hop's own word: of use for choosing, no proof."""
+
+    start: int
+    queue_ms: float
+    compute_ms: float
+    kv_tokens_left: int
+
+    def to_proto(self) -> pb.HopTrace:
+        return pb.HopTrace(
+            start=self.start,
+            queue_ms=self.queue_ms,
+            compute_ms=self.compute_ms,
+            kv_tokens_left=self.kv_tokens_left,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.HopTrace) -> HopTrace:
+        times = (message.queue_ms, message.compute_ms)
+        if not all(math.isfinite(time) and time >= 0 for time in times):
+            raise BadMessage("a step's times are no times")
+        return cls(message.start, *times, message.kv_tokens_left)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One pass of some tokens through the session's span.
 
-    `position`: tokens per row in the cache before this step and before its `ops`. Several tensors of one name are parts
-    of one input (a replay's), concatenated along tokens.
+    `position`: tokens per row in the cache before this step's own, its `ops` applied. Several tensors of one name are
+    parts of one input (a replay's), concatenated along tokens. `trace`: of the hops that the step has passed, in order.
     """
 
     epoch: int
@@ -176,7 +255,7 @@ class Step:
     tensors: tuple[TensorSpec, ...]
     payload: bytes
     ops: tuple[CacheOp, ...] = ()
-    want_result: bool = True
+    trace: tuple[HopTrace, ...] = ()
 
     def header(self) -> pb.Step:
         return pb.Step(
@@ -186,7 +265,7 @@ class Step:
             ops=[pb.CacheOp(kind=op.kind, values=op.values) for op in self.ops],
             tensors=[spec.to_proto() for spec in self.tensors],
             payload_bytes=len(self.payload),
-            want_result=self.want_result,
+            trace=[hop.to_proto() for hop in self.trace],
         )
 
     @classmethod
@@ -194,10 +273,12 @@ class Step:
         tensors = check_tensors(message.tensors, message.payload_bytes)
         if len(message.ops) > MAX_CACHE_OPS:
             raise BadMessage(f"{len(message.ops)} cache operations on one step; {MAX_CACHE_OPS} at most")
+        if len(message.trace) > MAX_TRACE:
+            raise BadMessage(f"a step that passed {len(message.trace)} hops; {MAX_TRACE} at most")
+        _check_counts(message.epoch, message.step_id, message.position)
         ops = tuple(CacheOp.from_proto(op) for op in message.ops)
-        return cls(
-            message.epoch, message.step_id, message.position, tensors, payload, ops, want_result=message.want_result
-        )
+        trace = tuple(HopTrace.from_proto(hop) for hop in message.trace)
+        return cls(message.epoch, message.step_id, message.position, tensors, payload, ops, trace)
 
     def parts(self) -> Iterator[tuple[TensorSpec, memoryview]]:
         """Each tensor's description with its bytes (views, no copies)."""
@@ -206,43 +287,58 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out of a step: tensors as in `Step` (none if no result was wanted), and what it cost."""
+    """What a hop gives the client: the last one's hidden states, or a whole step to be carried to the next hop.
 
-    epoch: int
-    step_id: int
-    tensors: tuple[TensorSpec, ...]
-    payload: bytes
-    queue_ms: float = 0.0
-    compute_ms: float = 0.0
-    kv_tokens_left: int = 0
+    `undelivered`: why the step comes to the client, where the next peer should have had it.
+    """
+
+    step: Step
+    undelivered: str = ""
 
     def header(self) -> pb.StepResult:
-        return pb.StepResult(
-            epoch=self.epoch,
-            step_id=self.step_id,
-            tensors=[spec.to_proto() for spec in self.tensors],
-            payload_bytes=len(self.payload),
-            queue_ms=self.queue_ms,
-            compute_ms=self.compute_ms,
-            kv_tokens_left=self.kv_tokens_left,
-        )
+        return pb.StepResult(step=self.step.header(), undelivered=self.undelivered[:MAX_ERROR_CHARS])
 
     @classmethod
     def from_proto(cls, message: pb.StepResult, payload: bytes) -> StepResult:
-        tensors = check_tensors(message.tensors, message.payload_bytes)
-        return cls(
-            message.epoch,
-            message.step_id,
-            tensors,
-            payload,
-            message.queue_ms,
-            message.compute_ms,
-            message.kv_tokens_left,
+        return cls(Step.from_proto(message.step, payload), message.undelivered[:MAX_ERROR_CHARS])
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a session is at a peer. Steps count from zero; each number is that of the step after the last one that
+    has `received` (arrived whole), been computed (`next_step`), or had its output handed on (`sent`)."""
+
+    epoch: int
+    received: int
+    next_step: int
+    sent: int
+    arriving_bytes: int = 0
+    queue: int = 0
+    expected_ms: float = 0.0
+
+    def to_proto(self) -> pb.ProgressReply:
+        return pb.ProgressReply(
+            epoch=self.epoch,
+            received=self.received,
+            next_step=self.next_step,
+            sent=self.sent,
+            arriving_bytes=self.arriving_bytes,
+            queue=self.queue,
+            expected_ms=self.expected_ms,
         )
 
-    def parts(self) -> Iterator[tuple[TensorSpec, memoryview]]:
-        """Each tensor's description with its bytes (views, no copies)."""
-        return split_payload(self.tensors, self.payload)
+    @classmethod
+    def from_proto(cls, message: pb.ProgressReply) -> Progress:
+        expected_ms = message.expected_ms if math.isfinite(message.expected_ms) else 0.0
+        return cls(
+            message.epoch,
+            message.received,
+            message.next_step,
+            message.sent,
+            message.arriving_bytes,
+            message.queue,
+            max(0.0, expected_ms),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +351,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a client should know while it waits: the peer is `draining`, or the step is `queued`."""
+    """What a client should know without having asked: the peer is `draining`."""
 
     state: str
     expected_ms: float = 0.0
@@ -296,6 +392,16 @@ class Failure:
             peer_id=message.peer_id or None,
         )
         return cls(error, message.step_id, message.fatal)
+
+
+def _check_counts(*counts: int) -> None:
+    if max(counts) > MAX_COUNT:
+        raise BadMessage("a count of steps, tokens or epochs is beyond all bounds")
+
+
+def _check_edge(token: bytes, *, optional: bool) -> None:
+    if len(token) != EDGE_BYTES and not (optional and not token):
+        raise BadMessage(f"an edge's token has {EDGE_BYTES} bytes, not {len(token)}")
 
 
 def check_version(theirs: int) -> None:

@@ -55,30 +55,38 @@ class PingRequest(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ...) -> None: ...
 
 class PingReply(_message.Message):
-    __slots__ = ("payload", "kv_tokens_left", "sessions", "queue")
+    __slots__ = ("payload", "kv_tokens_left", "sessions", "queue", "steps_begun", "steps_pushed", "steps_relayed")
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_BEGUN_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PUSHED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_RELAYED_FIELD_NUMBER: _ClassVar[int]
     payload: bytes
     kv_tokens_left: int
     sessions: int
     queue: int
-    def __init__(self, payload: _Optional[bytes] = ..., kv_tokens_left: _Optional[int] = ..., sessions: _Optional[int] = ..., queue: _Optional[int] = ...) -> None: ...
+    steps_begun: int
+    steps_pushed: int
+    steps_relayed: int
+    def __init__(self, payload: _Optional[bytes] = ..., kv_tokens_left: _Optional[int] = ..., sessions: _Optional[int] = ..., queue: _Optional[int] = ..., steps_begun: _Optional[int] = ..., steps_pushed: _Optional[int] = ..., steps_relayed: _Optional[int] = ...) -> None: ...
 
 class InferRequest(_message.Message):
-    __slots__ = ("open", "step", "close", "more", "chunk")
+    __slots__ = ("open", "step", "close", "more", "route", "chunk")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     open: Open
     step: Step
     close: Close
     more: More
+    route: Route
     chunk: bytes
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class InferReply(_message.Message):
     __slots__ = ("opened", "result", "failure", "more", "notice", "chunk")
@@ -101,7 +109,7 @@ class More(_message.Message):
     def __init__(self) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("wire_version", "session_id", "epoch", "fingerprint", "start", "stop", "codec", "batch", "max_tokens", "resume", "stateless")
+    __slots__ = ("wire_version", "session_id", "epoch", "fingerprint", "start", "stop", "codec", "batch", "max_tokens", "resume", "stateless", "edge")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +121,7 @@ class Open(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     STATELESS_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     session_id: bytes
     epoch: int
@@ -124,19 +133,34 @@ class Open(_message.Message):
     max_tokens: int
     resume: bool
     stateless: bool
-    def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ...) -> None: ...
+    edge: bytes
+    def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ..., edge: _Optional[bytes] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype")
+    __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype", "log_whole")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LOG_WHOLE_FIELD_NUMBER: _ClassVar[int]
     next_step: int
     tokens: int
     kv_tokens_left: int
     dtype: str
-    def __init__(self, next_step: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    log_whole: bool
+    def __init__(self, next_step: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., dtype: _Optional[str] = ..., log_whole: _Optional[bool] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("epoch", "peer_id", "edge", "next_step")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    peer_id: str
+    edge: bytes
+    next_step: int
+    def __init__(self, epoch: _Optional[int] = ..., peer_id: _Optional[str] = ..., edge: _Optional[bytes] = ..., next_step: _Optional[int] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "codec", "dtype", "shape", "nbytes", "keep")
@@ -163,40 +187,42 @@ class CacheOp(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., values: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "step_id", "position", "ops", "tensors", "payload_bytes", "want_result")
+    __slots__ = ("epoch", "step_id", "position", "ops", "tensors", "payload_bytes", "trace")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     OPS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
-    WANT_RESULT_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     position: int
     ops: _containers.RepeatedCompositeFieldContainer[CacheOp]
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
     payload_bytes: int
-    want_result: bool
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., ops: _Optional[_Iterable[_Union[CacheOp, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., want_result: _Optional[bool] = ...) -> None: ...
+    trace: _containers.RepeatedCompositeFieldContainer[HopTrace]
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., ops: _Optional[_Iterable[_Union[CacheOp, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[HopTrace, _Mapping]]] = ...) -> None: ...
 
-class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "tensors", "payload_bytes", "queue_ms", "compute_ms", "kv_tokens_left")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    STEP_ID_FIELD_NUMBER: _ClassVar[int]
-    TENSORS_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+class HopTrace(_message.Message):
+    __slots__ = ("start", "queue_ms", "compute_ms", "kv_tokens_left")
+    START_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    step_id: int
-    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    payload_bytes: int
+    start: int
     queue_ms: float
     compute_ms: float
     kv_tokens_left: int
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., kv_tokens_left: _Optional[int] = ...) -> None: ...
+    def __init__(self, start: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., kv_tokens_left: _Optional[int] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step", "undelivered")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    UNDELIVERED_FIELD_NUMBER: _ClassVar[int]
+    step: Step
+    undelivered: str
+    def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., undelivered: _Optional[str] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()
@@ -227,3 +253,43 @@ class Failure(_message.Message):
     step_id: int
     fatal: bool
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., retry_after_s: _Optional[float] = ..., peer_id: _Optional[str] = ..., step_id: _Optional[int] = ..., fatal: _Optional[bool] = ...) -> None: ...
+
+class PushRequest(_message.Message):
+    __slots__ = ("edge", "request")
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    edge: bytes
+    request: InferRequest
+    def __init__(self, edge: _Optional[bytes] = ..., request: _Optional[_Union[InferRequest, _Mapping]] = ...) -> None: ...
+
+class PushReply(_message.Message):
+    __slots__ = ("edge", "failure")
+    EDGE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    edge: bytes
+    failure: Failure
+    def __init__(self, edge: _Optional[bytes] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class ProgressRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    def __init__(self, session_id: _Optional[bytes] = ...) -> None: ...
+
+class ProgressReply(_message.Message):
+    __slots__ = ("epoch", "received", "next_step", "sent", "arriving_bytes", "queue", "expected_ms")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    ARRIVING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_MS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    received: int
+    next_step: int
+    sent: int
+    arriving_bytes: int
+    queue: int
+    expected_ms: float
+    def __init__(self, epoch: _Optional[int] = ..., received: _Optional[int] = ..., next_step: _Optional[int] = ..., sent: _Optional[int] = ..., arriving_bytes: _Optional[int] = ..., queue: _Optional[int] = ..., expected_ms: _Optional[float] = ...) -> None: ...

@@ -49,6 +49,16 @@ class PeerStub:
                 request_serializer=protocol_dot_potluck__pb2.InferRequest.SerializeToString,
                 response_deserializer=protocol_dot_potluck__pb2.InferReply.FromString,
                 _registered_method=True)
+        self.Push = channel.stream_stream(
+                '/potluck.Peer/Push',
+                request_serializer=protocol_dot_potluck__pb2.PushRequest.SerializeToString,
+                response_deserializer=protocol_dot_potluck__pb2.PushReply.FromString,
+                _registered_method=True)
+        self.Progress = channel.unary_unary(
+                '/potluck.Peer/Progress',
+                request_serializer=protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=protocol_dot_potluck__pb2.ProgressReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -69,7 +79,21 @@ class PeerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Infer(self, request_iterator, context):
-        """One session on this peer: Open, then Steps, then Close.
+        """One session on this peer: Open and Route, then Steps, then Close.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request_iterator, context):
+        """Steps of many sessions, from the peer before this one in their chains. Only refusals come back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Progress(self, request, context):
+        """How far a session is here: asked by a client that has waited for longer than it expected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +116,16 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=protocol_dot_potluck__pb2.InferRequest.FromString,
                     response_serializer=protocol_dot_potluck__pb2.InferReply.SerializeToString,
+            ),
+            'Push': grpc.stream_stream_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=protocol_dot_potluck__pb2.PushRequest.FromString,
+                    response_serializer=protocol_dot_potluck__pb2.PushReply.SerializeToString,
+            ),
+            'Progress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Progress,
+                    request_deserializer=protocol_dot_potluck__pb2.ProgressRequest.FromString,
+                    response_serializer=protocol_dot_potluck__pb2.ProgressReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +209,60 @@ class Peer:
             '/potluck.Peer/Infer',
             protocol_dot_potluck__pb2.InferRequest.SerializeToString,
             protocol_dot_potluck__pb2.InferReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/potluck.Peer/Push',
+            protocol_dot_potluck__pb2.PushRequest.SerializeToString,
+            protocol_dot_potluck__pb2.PushReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Progress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck.Peer/Progress',
+            protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
+            protocol_dot_potluck__pb2.ProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,8 +3,9 @@
 | for | there is |
 |---|---|
 | finding a model | `resolve` -> `ModelSource` |
-| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `legal_cuts`, `check_span`, `fingerprint` |
-| a peer | `load_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
+| knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `kv_values`, `block_bytes` |
+| | `legal_cuts`, `check_span`, `fingerprint` |
+| a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
 
 Names are imported on first use: what only concerns files and cuts does not wait for torch.
@@ -17,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slicing.cache import CacheOp, SpanCache
-    from slicing.config import hidden_size, load_config, model_class, n_blocks
+    from slicing.config import hidden_size, kv_values, load_config, model_class, n_blocks
     from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
     from slicing.loading import LoadReport, Progress
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
-    from slicing.span_model import SpanModel, load_span
+    from slicing.span_model import SpanModel, block_bytes, load_span, move_span
 
 __all__ = [
     "CacheOp",
@@ -36,17 +37,20 @@ __all__ = [
     "RemoteCache",
     "SpanCache",
     "SpanModel",
+    "block_bytes",
     "block_digests",
     "check_architecture",
     "check_span",
     "fingerprint",
     "hidden_size",
     "is_proven",
+    "kv_values",
     "legal_cuts",
     "load_config",
     "load_head",
     "load_span",
     "model_class",
+    "move_span",
     "n_blocks",
     "nearest_spans",
     "resolve",
@@ -54,14 +58,14 @@ __all__ = [
 
 _HOME = {
     "slicing.cache": ("CacheOp", "SpanCache"),
-    "slicing.config": ("hidden_size", "load_config", "model_class", "n_blocks"),
+    "slicing.config": ("hidden_size", "kv_values", "load_config", "model_class", "n_blocks"),
     "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
-    "slicing.span_model": ("SpanModel", "load_span"),
+    "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
 }
 
 

@@ -115,6 +115,20 @@ def hidden_dtypes(config: PreTrainedConfig) -> frozenset[torch.dtype]:
     return frozenset(own | ({torch.float32} if getattr(text_config(config), "residual_in_fp32", False) else set()))
 
 
+def kv_values(config: PreTrainedConfig) -> int:
+    """About how many numbers one block keeps of one token: a key and a value for each KV head.
+
+    An estimate before anything is loaded: latent attention and recurrent blocks keep less.
+    """
+    text = text_config(config)
+    query_heads = getattr(text, "num_attention_heads", None) or 1
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    if isinstance(heads, list | tuple):
+        heads = max(heads)
+    width = getattr(text, "head_dim", None) or -(-hidden_size(config) // query_heads)
+    return 2 * int(heads) * int(width)
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal LM class of the architecture; for composite ones that have none, the image-text-to-text class.
 

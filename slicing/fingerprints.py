@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slicing.checkpoint import stored_tensors
@@ -68,12 +69,16 @@ def fingerprint(source: ModelSource) -> str:
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
-def block_digests(model: SpanModel) -> dict[int, str]:
+def block_digests(model: SpanModel, known: Mapping[int, str] | None = None) -> dict[int, str]:
     """A digest per loaded block of the weights that are really in memory, as 32 hex digits: {block: digest}.
 
     Weights loaded as another dtype have another digest.
+
+    Args:
+        known: digests of blocks that `model` took over from another one (`move_span`); not computed again.
     """
-    return {i: _module_digest(block) for i, block in model.blocks.items()}
+    known = known or {}
+    return {i: known.get(i) or _module_digest(block) for i, block in model.blocks.items()}
 
 
 def _relevant(value: Any) -> Any:

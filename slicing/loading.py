@@ -30,7 +30,8 @@ class Progress(Protocol):
     """Told how far a load has come: `progress(done_bytes, total_bytes, what)`.
 
     Called from threads of the loader, one call at a time; must return quickly. A load may consist of a download (total:
-    bytes of the files) and then a read (total: bytes of the tensors); `what` names which.
+    bytes of the files) and then a read (total: bytes of the tensors); `what` names which. To stop a load, raise: the
+    load then raises the same.
     """
 
     def __call__(self, done_bytes: int, total_bytes: int, what: str, /) -> None: ...
@@ -73,6 +74,7 @@ def load(
 
     Raises:
         BrokenCheckpoint: a file is missing or not whole, or a tensor is missing, of another shape, or unreadable.
+        MemoryError: there is too little memory, of the machine or of the device.
         UnknownModel: the hub cannot be reached.
     """
     names = weight_map(source)
@@ -88,10 +90,23 @@ def load(
         files |= dict.fromkeys(of_shard, path)
     reader = _Reader(what, sum(tensor.nbytes for tensor in stored.values()), progress)
     lazy = {name: _LazyTensor(reader, files[name], stored[name]) for name in needed}
-    model = _from_lazy(cls, config, source, lazy, reader, dtype or _own_dtype(config, stored))
+    try:
+        model = _from_lazy(cls, config, source, lazy, reader, dtype or _own_dtype(config, stored))
+        model = cast("PreTrainedModel", model.to(cast(Any, device)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory for {what}") from error
+        raise
     report = LoadReport(what, len(stored), reader.total, tuple(shards))
     logger.info("loaded %s", report)
-    return cast("PreTrainedModel", model.to(cast(Any, device))), report
+    return model, report
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is it the failure to get memory? torch has a class for that on GPUs only; on a CPU its text tells."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def needed_tensors(cls: type[PreTrainedModel], config: PreTrainedConfig, stored: list[str]) -> list[str]:
@@ -131,15 +146,17 @@ class _Reader:
         self._lock = threading.Lock()
 
     def read(self, path: Path, stored: StoredTensor) -> torch.Tensor:
+        if self.failure is not None:  # transformers would go on to the end before it says so
+            raise self.failure
         try:
             tensor = read_tensor(path, stored)
+            with self._lock:
+                self.done += stored.nbytes
+                if self._progress is not None:
+                    self._progress(self.done, self.total, self.what)
         except Exception as error:
             self.failure = self.failure or error
             raise
-        with self._lock:
-            self.done += stored.nbytes
-            if self._progress is not None:
-                self._progress(self.done, self.total, self.what)
         return tensor
 
 
@@ -177,6 +194,8 @@ def _from_lazy(
     except RuntimeError as error:
         if reader.failure is not None:
             raise reader.failure from error
+        if is_out_of_memory(error):
+            raise
         raise BrokenCheckpoint(f"the weights of {source.name!r} do not fit its config.json: {error}") from error
     lacking = sorted(info["missing_keys"])
     if lacking:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -114,7 +114,7 @@ def find_block_stack(model: PreTrainedModel) -> BlockStack:
     return BlockStack(path, attribute, _blocks_return_tuple(decoder, attribute), size)
 
 
-def punch_holes(model: PreTrainedModel, stack: BlockStack, owned: range) -> None:
+def punch_holes(model: PreTrainedModel, stack: BlockStack, owned: Collection[int]) -> None:
     """Replace every block outside `owned` by a Hole."""
     blocks = [
         block if i in owned else Hole(block, returns_tuple=stack.returns_tuple)

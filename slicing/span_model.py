@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from slicing.skeleton import (
     find_block_stack,
     forward_parameters,
     holed_class,
+    meta_skeleton,
     punch_holes,
 )
 
@@ -51,8 +53,42 @@ def load_span(
         IllegalCut: the model cannot be cut there.
         NoBlockStack, RemoteCodeRefused, ModelError: the architecture cannot be sliced.
         BrokenCheckpoint: weights are missing or damaged.
+        MemoryError: they do not fit into the memory of the machine or the device.
         UnknownModel: the hub cannot be reached.
     """
+    model, stack, report = _load_blocks(source, span, range(span.start, span.stop), dtype, device, progress)
+    return SpanModel(model, stack, span, report)
+
+
+def move_span(old: SpanModel, source: ModelSource, span: Span, *, progress: Progress | None = None) -> SpanModel:
+    """Load the blocks `span` of the model of which `old` holds others, but for those that `old` has in memory already.
+
+    These are shared, not copied: `old` can go on in another thread, and what only it needs is free once it is gone.
+    `dtype` and `device` stay; `report` counts what was read. The result computes the same bits as a
+    fresh load of `span`.
+
+    Raises:
+        As `load_span`.
+    """
+    kept = old.span.overlap(span)
+    read = [i for i in range(span.start, span.stop) if kept is None or i not in kept]
+    model, stack, report = _load_blocks(source, span, read, old.dtype, old.device, progress)
+    if kept is not None:
+        blocks = stack.blocks(model)
+        for i, block in old.copy_blocks(kept, model.config).items():
+            blocks[i] = block
+    return SpanModel(model, stack, span, report)
+
+
+def _load_blocks(
+    source: ModelSource,
+    span: Span,
+    read: Collection[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, BlockStack, LoadReport]:
+    """The model with the blocks `read` of `span`, and holes for all others; as `load_span`."""
     config = load_config(source)
     check_architecture(config)
     cls = model_class(config)
@@ -61,13 +97,31 @@ def load_span(
 
     def hollow(model: PreTrainedModel) -> None:
         stack = find_block_stack(model)
-        punch_holes(model, stack, range(span.start, span.stop))
+        punch_holes(model, stack, read)
         drop_all_but_blocks(model, stack)
         found.append(stack)
 
     what = f"blocks {span} of {source.name}"
     model, report = load(holed_class(cls, hollow), config, source, what, dtype=dtype, device=device, progress=progress)
-    return SpanModel(model, found[-1], span, report)
+    return model, found[-1], report
+
+
+def block_bytes(source: ModelSource, dtype: torch.dtype | None) -> tuple[int, ...]:
+    """Memory of each block's weights, in bytes, when they are loaded as `dtype` (None: as the configuration says).
+
+    Read off the skeleton; neither the weights nor their headers are needed.
+
+    Raises:
+        NoBlockStack, RemoteCodeRefused, ModelError: the architecture cannot be sliced.
+    """
+    config = load_config(source)
+    check_architecture(config)
+    skeleton = meta_skeleton(model_class(config), config)
+    wanted = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    return tuple(
+        sum(p.numel() * (wanted.itemsize if p.is_floating_point() else p.itemsize) for p in block.parameters())
+        for block in find_block_stack(skeleton).blocks(skeleton)
+    )
 
 
 class SpanModel:
@@ -189,6 +243,18 @@ class SpanModel:
         if cache is not None:
             cache.advance(batch, q)
         return output
+
+    def copy_blocks(self, span: Span, config: PreTrainedConfig) -> dict[int, nn.Module]:
+        """The loaded blocks of `span` as modules for another model, whose configuration they then refer to.
+
+        Their parameters and buffers are the same tensors. The gates stay here.
+        """
+        memo: dict[int, Any] = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        memo |= {id(self.config): config, id(text_config(self.config)): text_config(config)}
+        blocks = copy.deepcopy({i: self.blocks[i] for i in range(span.start, span.stop)}, memo)
+        for block in blocks.values():
+            del block.__dict__["forward"]  # this model's gate
+        return blocks
 
     def nbytes(self) -> int:
         """Memory of the weights, in bytes."""

@@ -10,17 +10,19 @@ from pathlib import Path
 import grpc
 import torch
 
+from client.times import Stopwatch, Times
 from dht.record import PeerRecord
 from peer.config import PeerConfig
 from peer.host import Served, SpanHost
 from protocol.channel import open_channel
 from protocol.identity import Identity
-from protocol.limits import MESSAGE_BYTES
+from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
 from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
 from tensor_codecs import names
 
 _identities: list[Identity] = []
+_hosts: dict[str, SpanHost] = {}  # that are open, by peer id
 
 
 def identity(index: int) -> Identity:
@@ -43,9 +45,19 @@ async def open_host(
     """One peer's serving half on loopback."""
     model = load_span(resolve(str(folder)), span, dtype=dtype)
     options: dict[str, object] = {"host": "127.0.0.1", "kv_tokens": 4096, "lan": False} | settings
-    async with SpanHost.open(model, served(folder), identity(index), PeerConfig(**options)) as host:  # type: ignore[arg-type]
+    config = PeerConfig(**options)  # type: ignore[arg-type]
+    async with SpanHost.open(model, served(folder), identity(index), config, find_host) as host:
         host.state = "online"
-        yield host
+        _hosts[host.identity.peer_id] = host
+        try:
+            yield host
+        finally:
+            del _hosts[host.identity.peer_id]
+
+
+async def find_host(peer_id: str) -> PeerRecord | None:
+    """What hosts know of each other."""
+    return record_of(_hosts[peer_id]) if peer_id in _hosts else None
 
 
 def record_of(host: SpanHost) -> PeerRecord:
@@ -58,6 +70,7 @@ def record_of(host: SpanHost) -> PeerRecord:
         addresses=(f"127.0.0.1:{host.port}",),
         certificate_der=host.identity.certificate_der,
         codecs=names(),
+        wire_version=WIRE_VERSION,
         kv_tokens_left=host.budget.tokens_left,
         kv_tokens_total=host.budget.tokens_total,
     )
@@ -70,6 +83,7 @@ class KnownPeers:
     records: Sequence[PeerRecord]
     on_refresh: Callable[[], None] = lambda: None
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def peers(self) -> Sequence[PeerRecord]:
         return self.records
@@ -83,6 +97,12 @@ class KnownPeers:
                 peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES
             )
         return self.channels[peer.peer_id]
+
+    def cuts(self) -> None:
+        return None
+
+    def times(self) -> Times:
+        return self.stopwatch.snapshot()
 
     async def close(self) -> None:
         for channel in self.channels.values():

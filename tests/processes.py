@@ -237,10 +237,10 @@ class LocalSwarm:
         self.peers: list[PeerProcess] = []
         self._options = tuple(options)
 
-    def start(self, blocks: str) -> PeerProcess:
+    def start(self, blocks: str, *options: str) -> PeerProcess:
         """Another peer, which joins through the living ones. Does not wait for it."""
         join = [option for peer in self.living for option in ("--join", peer.maddr)]
-        peer = PeerProcess(self.home, "--blocks", blocks, *self._options, *join)
+        peer = PeerProcess(self.home, "--blocks", blocks, *self._options, *options, *join)
         self.peers.append(peer)
         return peer
 

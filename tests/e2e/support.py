@@ -33,7 +33,7 @@ def sessions_held(model: SwarmModel) -> int:
     """Sessions on all peers of the model's swarm, as these say themselves."""
 
     async def held(peer: PeerRecord) -> int:
-        reply = await PeerStub(model.swarm.channel(peer)).Ping(PingRequest(), timeout=PING_S)  # type: ignore[no-untyped-call]
+        reply = await PeerStub(model.swarm.channels.to(peer)).Ping(PingRequest(), timeout=PING_S)  # type: ignore[no-untyped-call]
         return int(reply.sessions)
 
     async def all_held() -> int:

@@ -12,7 +12,7 @@ import random
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.chain import Link
 from client.hop import Hop
 from client.model import SwarmModel, SwarmModelForCausalLM
-from client.session import SessionStats
-from protocol.messages import Step, StepResult
+from client.open_chain import OpenChain, SessionStats
+from client.session import Session
+from protocol.journal import Entry
+from protocol.messages import Step
 from tests.e2e.support import answers_at_length, unsplit
 from tests.processes import START_S, LocalSwarm, PeerProcess, at_home, swarm, until
 
@@ -139,29 +142,37 @@ class Fault:
 @contextmanager
 def struck_by(fault: Fault, peers: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the fault happens, once; afterwards it has."""
-    send = Hop.step
+    send, commit = OpenChain.send, Session._commit
 
-    async def step(hop: Hop, step: Step) -> StepResult:
-        is_it = step.step_id == fault.at and str(hop.link.span) == fault.half and fault.victim is None
-        if not is_it:
-            return await send(hop, step)
-        fault.victim = victim = peers.peer(hop.link.peer.peer_id)
-        if fault.moment == "before":
-            fault.do(victim)
-            return await send(hop, step)
-        if fault.moment == "after":
-            result = await send(hop, step)
-            fault.do(victim)
-            return result
-        victim.send(signal.SIGSTOP)  # it cannot be done with the step before it dies
-        sending = asyncio.ensure_future(send(hop, step))
-        done, _ = await asyncio.wait({sending}, timeout=0.05)
-        assert not done
-        fault.do(victim)
-        return await sending
+    def strikes(links: Sequence[Link], step_id: int, *moments: Moment) -> bool:
+        if step_id != fault.at or fault.moment not in moments or fault.victim is not None:
+            return False
+        (link,) = (link for link in links if str(link.span) == fault.half)
+        fault.victim = peers.peer(link.peer.peer_id)
+        return True
+
+    async def _send(chain: OpenChain, hop: Hop, step: Step) -> None:
+        if strikes(chain.links, step.step_id, "before"):
+            assert fault.victim is not None
+            fault.do(fault.victim)
+        if not strikes(chain.links, step.step_id, "during"):
+            await send(chain, hop, step)
+            return
+        assert fault.victim is not None
+        fault.victim.send(signal.SIGSTOP)  # it cannot be done with the step before it dies
+        await send(chain, hop, step)
+        await asyncio.sleep(0.05)  # the step is on its way to it
+        fault.do(fault.victim)
+
+    def _commit(session: Session, entry: Entry) -> None:
+        commit(session, entry)
+        if strikes(session.chain, entry.step_id, "after"):
+            assert fault.victim is not None
+            fault.do(fault.victim)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Hop, "step", step)
+        patch.setattr(OpenChain, "send", _send)
+        patch.setattr(Session, "_commit", _commit)
         yield
     assert fault.victim is not None, "the fault did not happen"
 
@@ -226,7 +237,7 @@ def test_killed_with_the_default_codec(faulty: Faulty, monkeypatch: pytest.Monke
 
 def test_frozen_and_awake_again_later(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that was given up must not disturb the session when it comes back."""
-    model = faulty.other(codec="none", step_timeout_s=1.0, open_timeout_s=1.0)
+    model = faulty.other(codec="none")
     fault = Fault("3:6", 5, "during", lambda peer: None)  # SIGSTOP is all that happens
     faulty.settle(fault.half)
     with model.session() as session:

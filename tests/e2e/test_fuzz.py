@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import secrets
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from protocol import potluck_pb2 as pb
 from protocol.channel import open_channel
 from protocol.frames import step_frames
 from protocol.limits import CHUNK_BYTES, MESSAGE_BYTES
-from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Open, Step, TensorSpec
+from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Open, Route, Step, TensorSpec
 from protocol.span import Span
 from tensor_codecs import codec, names
 from tests.e2e.support import answers_at_length, sessions_held, unsplit
@@ -41,15 +42,17 @@ SEED = int(os.environ.get("E2E_SEED", secrets.randbits(32)))
 """Fresh in each run; E2E_SEED repeats one."""
 
 ROUNDS = 5
-RAW, TLS, BODIES, SEQUENCES = 40, 20, 160, 180  # per round: 2,000 in all
+RAW, TLS, BODIES, SEQUENCES, PUSHES, ASKED = 40, 20, 160, 150, 60, 20  # per round: 2,250 in all
 LARGEST_STEP = 2000  # tokens
 GROWTH_BYTES = 8 << 20
 WIDTH = 64
 CALL_S = 10.0
 LISTEN_S = 0.02
 AT_ONCE = 8
-UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping")
-INFER = "/potluck.Peer/Infer"
+EPOCH = 1
+MESSAGE_MIB, WHOLE_BUDGET_TOKENS = 2, 8192  # one step of so many tokens is as large as all messages may be together
+UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping", "/potluck.Peer/Progress")
+INFER, PUSH, PROGRESS = "/potluck.Peer/Infer", "/potluck.Peer/Push", "/potluck.Peer/Progress"
 
 SINCERE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_ARENA_MAX": "2"}
 """glibc gives back what is freed, so that memory in use is memory that is held. By default it learns to keep blocks of
@@ -57,10 +60,11 @@ up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round
 
 EXPECTED = {
     "silence", "connection ended", "bytes back",  # to bytes on the socket
-    "reply", "FAILED_PRECONDITION",  # of Ping and Describe
+    "reply", "FAILED_PRECONDITION", "NOT_FOUND",  # of Ping, Describe and Progress
     "RESOURCE_EXHAUSTED",  # a message over the limit, which grpc itself refuses
     "opened", "result", "more", "stream ended",
     "bad-message", "bad-payload", "peer-full", "session-lost", "stale-epoch", "version-mismatch", "wrong-model",
+    "push refused: bad-message", "push refused: peer-full", "push refused: stale-epoch",
 }  # fmt: skip
 
 PROMPT = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(5))
@@ -74,7 +78,7 @@ def test_nonsense_on_the_port(
     for name, value in SINCERE_MALLOC.items():
         monkeypatch.setenv(name, value)
     folder = checkpoint("llama")
-    options = ("--resume-s", "1", "--kv-tokens", "16384")
+    options = ("--resume-s", "1", "--kv-tokens", "16384", "--message-mib", str(MESSAGE_MIB))
     with (
         at_home(tmp_path),
         swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options) as peers,
@@ -105,9 +109,13 @@ def test_nonsense_on_the_port(
         assert "Traceback" not in peer.stderr
         assert set(replies) <= EXPECTED  # no peer-fault: nothing ill-formed got as far as the computation
         assert min(replies[kind] for kind in ("opened", "result", "bad-message")) > 100
+        assert min(replies[kind] for kind in ("NOT_FOUND", "push refused: stale-epoch")) > 20
         # What the last round's sessions freed goes back to the system at the peer's next sweep.
         sizes = [f"{size / 2**20:.1f} MiB" for size in used]
         until(lambda: uss_bytes(peer) - used[1] <= GROWTH_BYTES, f"memory near that of round 2: {sizes}", timeout_s=15)
+        # Nothing that was cut off holds anything of the message budget: a step that needs all of it gets in.
+        (said_last,) = model.swarm.call(whole_budget(record))
+        assert "starts at token 7, the session is at 0" in said_last.message, said_last
 
 
 def uss_bytes(peer: PeerProcess) -> int:
@@ -136,8 +144,10 @@ async def one_round(rng: random.Random, record: PeerRecord) -> Counter[str]:
     attacks: list[Coroutine[Any, Any, Sequence[str]]] = []
     for secure in [False] * RAW + [True] * TLS:
         attacks.append(asyncio.to_thread(garbage, host, int(port), noise(rng), secure=secure))
-    attacks += [bodies(channel, rng.choice((*UNARY, INFER, INFER)), ill_formed(rng)) for _ in range(BODIES)]
+    attacks += [bodies(channel, rng.choice((*UNARY, PUSH, INFER, INFER)), ill_formed(rng)) for _ in range(BODIES)]
     attacks += [infer(channel, sequence(rng, record)) for _ in range(SEQUENCES)]
+    attacks += [push(channel, *pushed(rng, record)) for _ in range(PUSHES)]
+    attacks += [ask(channel, rng.randbytes(rng.choice((0, 1, 15, 16, 16, 17, 5000)))) for _ in range(ASKED)]
     rng.shuffle(attacks)
     attacks.insert(0, infer(channel, largest(rng, record)))
     try:
@@ -210,6 +220,8 @@ def ill_formed(rng: random.Random) -> list[bytes]:
 
 async def bodies(channel: grpc.aio.Channel, method: str, sent: Sequence[bytes]) -> Sequence[str]:
     """Bodies to a method, as they are."""
+    if method == PUSH:
+        return await push(channel, (), sent)
     if method != INFER:
         try:
             await channel.unary_unary(method)(sent[0], timeout=CALL_S)
@@ -229,41 +241,89 @@ async def infer(channel: grpc.aio.Channel, sent: Sequence[bytes]) -> Sequence[st
     """One stream of `Infer`. Returns the kinds of replies, failures by their code."""
     call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
     listening = asyncio.create_task(replies_of(call))  # from the start: a refusal may end the stream under our hands
-    try:
-        for body in sent:
-            await call.write(body)
-        await call.done_writing()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        pass  # the peer has ended the stream; what it said is heard below
+    await write(call, sent)
     return await listening
 
 
-async def replies_of(call: Any) -> Sequence[str]:
+async def push(channel: grpc.aio.Channel, sessions: Sequence[Sequence[bytes]], sent: Sequence[bytes]) -> Sequence[str]:
+    """One stream of `Push`, into `sessions` that their own streams of `Infer` open first. Returns what all of them
+    were told."""
+    calls, listening = [], []
+    for opening in sessions:
+        call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
+        calls.append(call)
+        answered = asyncio.Event()
+        listening.append(asyncio.create_task(replies_of(call, answered=answered)))
+        await write(call, opening, is_all=False)
+        await answered.wait()
+    pushing: Any = channel.stream_stream(PUSH)(timeout=CALL_S)
+    listening.append(asyncio.create_task(replies_of(pushing, named=refusal_of)))
+    await write(pushing, sent)
+    await asyncio.wait(listening[-1:])
+    for call in calls:
+        await write(call, ())
+    return [*itertools.chain(*await asyncio.gather(*listening))]
+
+
+async def ask(channel: grpc.aio.Channel, session_id: bytes) -> Sequence[str]:
+    """`Progress` of a session that there is not."""
+    return await bodies(channel, PROGRESS, [pb.ProgressRequest(session_id=session_id).SerializeToString()])
+
+
+async def write(call: Any, sent: Iterable[bytes], *, is_all: bool = True) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        for body in sent:  # until the peer ends the stream; what it said is heard by who listens
+            await call.write(body)
+        if is_all:
+            await call.done_writing()
+
+
+def kind_of(body: bytes) -> str:
+    reply = pb.InferReply.FromString(body)
+    kind = reply.WhichOneof("kind")
+    return checked(reply.failure) if kind == "failure" else str(kind)
+
+
+def refusal_of(body: bytes) -> str:
+    return "push refused: " + checked(pb.PushReply.FromString(body).failure)
+
+
+def checked(failure: pb.Failure) -> str:
+    assert failure.message and "Traceback" not in failure.message
+    return failure.code
+
+
+async def replies_of(
+    call: Any, named: Callable[[bytes], str] = kind_of, answered: asyncio.Event | None = None
+) -> Sequence[str]:
+    """All that comes on a stream. `answered`: set as soon as anything came, or the stream ended."""
     heard: list[str] = []
     try:
         while (body := await call.read()) is not grpc.aio.EOF:
-            reply = pb.InferReply.FromString(body)
-            kind = reply.WhichOneof("kind")
-            heard.append(reply.failure.code if kind == "failure" else str(kind))
-            if kind == "failure":
-                assert reply.failure.message and "Traceback" not in reply.failure.message
+            heard.append(named(body))
+            if answered is not None:
+                answered.set()
     except grpc.aio.AioRpcError as error:
         if "SendMessageOperation" in (error.debug_error_string() or ""):
             heard.append("stream ended")  # by a refusal, while we wrote: grpc tells the one or the other
         else:
             heard.append(_status(error))
+    finally:
+        if answered is not None:
+            answered.set()
     return heard
 
 
 # ---------------------------------------------------------------------- messages that are almost right
 
 
-def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str) -> list[Any]:
-    """The messages of a right session: a prefill, three steps with cache operations, the end."""
+def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str, edge: bytes = b"") -> list[Any]:
+    """The messages of a right session: a route to the client, a prefill, three steps with cache operations, the end."""
     name = fingerprint if isinstance(fingerprint, str) else fingerprint.hex()
     rows, prompt = rng.choice(((1, 5), (2, 3), (3, 1)))
-    opening = Open(rng.randbytes(16), 0, name, Span(0, N_BLOCKS), codec_name, rows, rng.choice((0, 16)))
-    messages = [opening.to_proto()]
+    span, max_tokens = Span(0, N_BLOCKS), rng.choice((0, 16))
+    opening = Open(rng.randbytes(16), EPOCH, name, span, codec_name, rows, max_tokens, edge=edge)
+    messages = [opening.to_proto(), Route(EPOCH, 0).to_proto()]
     position = 0
     for step_id, (tokens, ops) in enumerate(
         ((prompt, ()), (1, ()), (1, (CacheOp("reorder", (0,) * rows),)), (2, (CacheOp("crop", (1,)),)))
@@ -279,7 +339,7 @@ def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str) -> list
             encoded = codec(chosen).encode(tensor)
             specs.append(TensorSpec(tensor_name, chosen, str(tensor.dtype)[6:], tuple(tensor.shape), len(encoded)))
             payload += encoded
-        messages += step_frames(Step(0, step_id, position, tuple(specs), payload, ops))
+        messages += step_frames(Step(EPOCH, step_id, position, tuple(specs), payload, ops))
         position = past + tokens
     return [*messages, pb.InferRequest(close=pb.Close())]
 
@@ -288,9 +348,30 @@ def largest(rng: random.Random, record: PeerRecord) -> list[bytes]:
     """A right session that needs as much memory as any here: sent in each round, so that rounds can be compared."""
     data = codec("none").encode(torch.randn(1, LARGEST_STEP, WIDTH))
     spec = TensorSpec(HIDDEN, "none", "float32", (1, LARGEST_STEP, WIDTH), len(data))
-    opening = Open(rng.randbytes(16), 0, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0)
-    messages = [opening.to_proto(), *step_frames(Step(0, 0, 0, (spec,), data)), pb.InferRequest(close=pb.Close())]
+    opening = Open(rng.randbytes(16), EPOCH, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0)
+    frames = step_frames(Step(EPOCH, 0, 0, (spec,), data))
+    messages = [opening.to_proto(), Route(EPOCH, 0).to_proto(), *frames, pb.InferRequest(close=pb.Close())]
     return [message.SerializeToString() for message in messages]
+
+
+async def whole_budget(record: PeerRecord) -> list[pb.Failure]:
+    """What the peer says to a step that needs its whole message budget, and starts where it must not."""
+    nbytes = WHOLE_BUDGET_TOKENS * WIDTH * 4
+    assert nbytes == MESSAGE_MIB << 20
+    spec = TensorSpec(HIDDEN, "none", "float32", (1, WHOLE_BUDGET_TOKENS, WIDTH), nbytes)
+    opening = Open(secrets.token_bytes(16), EPOCH, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0)
+    messages = [opening.to_proto(), *step_frames(Step(EPOCH, 0, 7, (spec,), bytes(nbytes)))]
+    failures: list[pb.Failure] = []
+    channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
+    try:
+        call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
+        await write(call, [message.SerializeToString() for message in messages], is_all=False)
+        while (body := await call.read()) is not grpc.aio.EOF:
+            reply = pb.InferReply.FromString(body)
+            failures += [reply.failure] if reply.WhichOneof("kind") == "failure" else []
+    finally:
+        await channel.close(None)
+    return failures
 
 
 def sequence(rng: random.Random, record: PeerRecord) -> list[bytes]:
@@ -298,7 +379,7 @@ def sequence(rng: random.Random, record: PeerRecord) -> list[bytes]:
     messages = valid(rng, record.fingerprint, rng.choice(names()))
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         if rng.random() < 0.2:
-            disorder(rng, messages)
+            disorder(rng, messages, pb.InferRequest(more=pb.More()))
         else:
             disturb(rng, rng.choice(messages))
         if not messages:
@@ -306,7 +387,66 @@ def sequence(rng: random.Random, record: PeerRecord) -> list[bytes]:
     return [message.SerializeToString() for message in messages]
 
 
-def disorder(rng: random.Random, messages: list[Any]) -> None:
+def pushed(rng: random.Random, record: PeerRecord) -> tuple[list[list[bytes]], list[bytes]]:
+    """How a few sessions are opened, and what is pushed into them: right steps in pieces, of all sessions at once, in
+    which something is wrong."""
+    edges = [rng.randbytes(16) for _ in range(rng.randint(1, 3))]
+    openings, streams = [], []
+    for edge in edges:
+        opening, route, *steps, _ = valid(rng, record.fingerprint, rng.choice(names()), edge)
+        match rng.randrange(6):
+            case 0:  # outputs to the peer itself, under a token that is its own, another session's or nobody's
+                next_edge = rng.choice((*edges, rng.randbytes(16)))
+                route = Route(EPOCH, 0, record.peer_id, next_edge).to_proto()
+            case 1:
+                route = Route(EPOCH, 0, "Qm" + rng.randbytes(22).hex(), rng.randbytes(16)).to_proto()
+            case 2:
+                disturb(rng, rng.choice((opening, route)))
+        openings.append([opening.SerializeToString(), route.SerializeToString()])
+        streams.append([pb.PushRequest(edge=edge, request=piece) for step in steps for piece in in_pieces(rng, step)])
+    messages = interleaved(rng, streams)
+    for _ in range(rng.choice((0, 1, 1, 2, 3))):
+        if messages:
+            disturb_push(rng, messages)
+    return openings, [message.SerializeToString() for message in messages]
+
+
+def in_pieces(rng: random.Random, step: pb.InferRequest) -> list[pb.InferRequest]:
+    """A step's message as one or more."""
+    cuts = sorted({rng.randrange(len(step.chunk)) for _ in range(rng.choice((0, 1, 3)))} | {len(step.chunk)})
+    first = pb.InferRequest(step=step.step, chunk=step.chunk[: cuts[0]])
+    more = [pb.InferRequest(more=pb.More(), chunk=step.chunk[a:b]) for a, b in itertools.pairwise(cuts)]
+    return [first, *more]
+
+
+def interleaved(rng: random.Random, streams: Sequence[Sequence[Any]]) -> list[Any]:
+    """The items of all streams in a random order that keeps each stream's own."""
+    order = [i for i, stream in enumerate(streams) for _ in stream]
+    rng.shuffle(order)
+    rest = [iter(stream) for stream in streams]
+    return [next(rest[i]) for i in order]
+
+
+def disturb_push(rng: random.Random, messages: list[pb.PushRequest]) -> None:
+    at = rng.randrange(len(messages))
+    match rng.randrange(7):
+        case 0:
+            messages[at].edge = rng.randbytes(rng.choice((0, 1, 15, 16, 17, 10_000)))
+        case 1:
+            messages[at].edge = rng.choice(messages).edge
+        case 2:
+            disorder(rng, messages, pb.PushRequest(edge=messages[at].edge, request=pb.InferRequest(more=pb.More())))
+        case 3:  # the stream ends, often in the middle of a payload
+            del messages[at:]
+        case 4:  # what only a client may say
+            other = rng.choice([m for m in valid(rng, b"\0" * 32, "none") if m.WhichOneof("kind") != "step"])
+            messages.insert(at, pb.PushRequest(edge=messages[at].edge, request=other))
+        case _:
+            disturb(rng, messages[at].request)
+
+
+def disorder(rng: random.Random, messages: list[Any], more: Any) -> None:
+    """Messages that are missing, repeated or in another order, or `more` where nothing goes on."""
     at = rng.randrange(len(messages))
     match rng.randrange(4):
         case 0:
@@ -314,7 +454,10 @@ def disorder(rng: random.Random, messages: list[Any]) -> None:
         case 1:
             messages.insert(rng.randrange(len(messages)), messages[at])
         case 2:
-            messages.insert(at, pb.InferRequest(more=pb.More(), chunk=rng.randbytes(rng.choice((0, 10, 1000)))))
+            (more.request if isinstance(more, pb.PushRequest) else more).chunk = rng.randbytes(
+                rng.choice((0, 10, 1000))
+            )
+            messages.insert(at, more)
         case _:
             rng.shuffle(messages)
 
@@ -323,7 +466,7 @@ def disturb(rng: random.Random, message: Any) -> None:
     """Changes one field somewhere in `message`, to a value that its type allows."""
     kind = message.WhichOneof("kind")
     part = getattr(message, kind)
-    if kind == "open":
+    if kind in ("open", "route"):
         field = rng.choice([f for f in part.DESCRIPTOR.fields if f.name != "fingerprint" or rng.random() < 0.3])
         _set(rng, part, field)
     elif kind == "step":

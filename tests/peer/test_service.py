@@ -16,7 +16,19 @@ from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.errors import BadMessage, PeerDraining, PeerFull, PotluckError, SessionLost, WireError, WrongModel
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.limits import CHUNK_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Failure, Open, Opened, Step, StepResult
+from protocol.messages import (
+    ATTENTION_MASK,
+    HIDDEN,
+    POSITION_IDS,
+    CacheOp,
+    Failure,
+    Notice,
+    Open,
+    Opened,
+    Route,
+    Step,
+    StepResult,
+)
 from protocol.messages import TensorSpec as Spec
 from protocol.span import Span
 from tensor_codecs import codec, dtype_name
@@ -52,6 +64,8 @@ class Stream:
             raw = await self.call.read()
             assert raw is not grpc.aio.EOF
             reply = self.assembler.feed(raw)
+            if isinstance(reply, Opened):
+                await self.call.write(Route(1, reply.next_step).to_proto())  # outputs to this client
             if reply is not None:
                 return reply
 
@@ -144,7 +158,7 @@ async def test_an_ill_formed_step_is_refused_and_harms_nobody(
     fresh = Stream(stub)
     assert isinstance(await fresh.send(opening(host, tag=3).to_proto()), Opened)
     again = await fresh.send(*step_frames(step()))
-    assert isinstance(again, StepResult) and again.payload == reference.payload
+    assert isinstance(again, StepResult) and again.step.payload == reference.step.payload
 
 
 async def test_an_application_order_is_kept(host: SpanHost, stub: pb_grpc.PeerStub) -> None:
@@ -186,6 +200,7 @@ async def test_a_draining_peer_takes_no_new_sessions_and_ends_old_ones_properly(
     await stream.send(opening(host).to_proto())
     host.drain()
     assert isinstance(await Stream(stub).refusal(opening(host, tag=9).to_proto()), PeerDraining)
+    assert await stream.send() == Notice("draining"), "clients are told"
     assert isinstance(await stream.send(*step_frames(step())), StepResult)
 
 
@@ -211,7 +226,7 @@ async def test_a_step_in_many_chunks(checkpoint: Path) -> None:
         frames = list(step_frames(step(tokens=9000)))
         assert len(frames) == -(-9000 * WIDTH * 4 // CHUNK_BYTES) > 1
         result = await stream.send(*frames)
-        assert isinstance(result, StepResult) and len(result.payload) == 9000 * WIDTH * 4
+        assert isinstance(result, StepResult) and len(result.step.payload) == 9000 * WIDTH * 4
         await known.close()
 
 

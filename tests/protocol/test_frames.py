@@ -10,8 +10,21 @@ from hypothesis import strategies as st
 from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage, PeerFull, VersionMismatch, WireError
 from protocol.frames import ReplyAssembler, RequestAssembler, result_frames, step_frames
-from protocol.limits import CHUNK_BYTES, MAX_TENSORS, PAYLOAD_BYTES, WIRE_VERSION
-from protocol.messages import CacheOp, Close, Failure, Notice, Open, Opened, Step, StepResult, TensorSpec
+from protocol.limits import CHUNK_BYTES, EDGE_BYTES, MAX_TENSORS, MAX_TRACE, PAYLOAD_BYTES, WIRE_VERSION
+from protocol.messages import (
+    CacheOp,
+    Close,
+    Failure,
+    HopTrace,
+    Notice,
+    Open,
+    Opened,
+    Progress,
+    Route,
+    Step,
+    StepResult,
+    TensorSpec,
+)
 from protocol.span import Span
 
 
@@ -19,7 +32,8 @@ def _step(nbytes: int, parts: int = 1) -> Step:
     sizes = [nbytes // parts] * (parts - 1) + [nbytes - nbytes // parts * (parts - 1)]
     specs = tuple(TensorSpec("hidden", "int8", "float32", (1, 1, n), n) for n in sizes)
     payload = bytes(i % 251 for i in range(nbytes))
-    return Step(3, 5, 7, specs, payload, (CacheOp("crop", (6,)), CacheOp("reorder", (1, 0))), want_result=False)
+    trace = (HopTrace(0, 0.5, 1.5, 99), HopTrace(4, 0.0, 2.0, 7))
+    return Step(3, 5, 7, specs, payload, (CacheOp("crop", (6,)), CacheOp("reorder", (1, 0))), trace)
 
 
 @given(st.integers(0, 3 * CHUNK_BYTES), st.integers(1, 4))
@@ -36,20 +50,23 @@ def test_a_step_crosses_whole(nbytes: int, parts: int) -> None:
 @given(st.integers(0, 3 * CHUNK_BYTES))
 @settings(max_examples=20, deadline=None)
 def test_a_result_crosses_whole(nbytes: int) -> None:
-    step = _step(nbytes)
-    result = StepResult(step.epoch, step.step_id, step.tensors, step.payload, 1.5, 2.5, 99)
+    result = StepResult(_step(nbytes), "the next peer cannot be reached")
     assembler = ReplyAssembler(PAYLOAD_BYTES)
     received = [assembler.feed(pb.InferReply.FromString(f.SerializeToString())) for f in result_frames(result)]
     assert received[-1] == result
-    assert [bytes(view) for _, view in result.parts()] == [step.payload]
+    assert [bytes(view) for _, view in result.step.parts()] == [result.step.payload]
 
 
 def test_small_messages_cross() -> None:
-    opening = Open(bytes(16), 2, "f" * 64, Span(3, 9), "int8", 4, 100, resume=True)
+    opening = Open(bytes(16), 2, "f" * 64, Span(3, 9), "int8", 4, 100, resume=True, edge=bytes(EDGE_BYTES))
     requests, replies = RequestAssembler(1024), ReplyAssembler(1024)
     assert requests.feed(opening.to_proto()) == opening
     assert requests.feed(Close().to_proto()) == Close()
-    opened = Opened(4, 17, 1000, "float32")
+    for route in (Route(2, 5), Route(2, 0, "QmNext", bytes(EDGE_BYTES))):
+        assert requests.feed(route.to_proto()) == route
+    progress = Progress(3, 8, 7, 6, 1 << 20, 2, 12.5)
+    assert Progress.from_proto(progress.to_proto()) == progress
+    opened = Opened(4, 17, 1000, "float32", log_whole=True)
     assert replies.feed(opened.to_proto()) == opened
     assert replies.feed(Notice("draining", 5.0).to_proto()) == Notice("draining", 5.0)
     failure = replies.feed(Failure(PeerFull("full", retry_after_s=2.0), step_id=3).to_proto())
@@ -88,6 +105,19 @@ def _broken() -> list[tuple[str, list[pb.InferRequest]]]:
         ("unknown op", [step(ops=[pb.CacheOp(kind="explode")])]),
         ("crop without value", [step(ops=[pb.CacheOp(kind="crop")])]),
         ("too many ops", [step(ops=[pb.CacheOp(kind="reset")] * 99)]),
+        ("too many hops", [step(trace=[pb.HopTrace()] * (MAX_TRACE + 1))]),
+        ("a time that is none", [step(trace=[pb.HopTrace(queue_ms=float("nan"))])]),
+        ("route without a token", [pb.InferRequest(route=pb.Route(peer_id="QmNext"))]),
+        ("route with a short token", [pb.InferRequest(route=pb.Route(edge=b"x"))]),
+        ("route to a very long name", [pb.InferRequest(route=pb.Route(peer_id="Q" * 99, edge=bytes(EDGE_BYTES)))]),
+        (
+            "short edge token",
+            [
+                pb.InferRequest(
+                    open=pb.Open(wire_version=WIRE_VERSION, session_id=bytes(16), stop=1, batch=1, edge=b"x")
+                )
+            ],
+        ),
         ("short session id", [pb.InferRequest(open=pb.Open(wire_version=WIRE_VERSION, session_id=b"x", stop=1))]),
         ("empty span", [pb.InferRequest(open=pb.Open(wire_version=WIRE_VERSION, session_id=bytes(16)))]),
         ("no rows", [pb.InferRequest(open=pb.Open(wire_version=WIRE_VERSION, session_id=bytes(16), stop=1))]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.journal import Entry, Journal, Part
+from protocol.journal import Entry, Journal, Part
 from protocol.messages import ATTENTION_MASK, HIDDEN, CacheOp, TensorSpec, token_axis
 
 

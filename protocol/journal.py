@@ -1,6 +1,7 @@
-"""A journal: what went into a block boundary so far in a session, as it went over the wire. Replayed to a replacement.
+"""A journal: what crossed a block boundary so far in a session, as it went over the wire. Replayed to a replacement.
 
 A log, not a list of positions: after a rejected speculation one position has held several tokens. Crops compact it.
+Whoever stands before a boundary keeps its `StepLog`: the client that of block 0, each peer that of its span's end.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from protocol.errors import SessionLost
 from protocol.limits import MAX_TENSORS
-from protocol.messages import ATTENTION_MASK, CacheOp, TensorSpec, token_axis
+from protocol.messages import ATTENTION_MASK, HIDDEN, CacheOp, HopTrace, Step, TensorSpec, token_axis
 
 ROW_OPS = frozenset({"reorder", "select", "repeat"})
 
@@ -19,7 +21,7 @@ class Part:
     """One tensor as it crossed the wire."""
 
     spec: TensorSpec
-    payload: bytes
+    payload: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,23 @@ class Entry:
     rows: int
     parts: tuple[Part, ...]
     ops: tuple[CacheOp, ...] = ()
+    step_id: int = 0
+    trace: tuple[HopTrace, ...] = ()
+
+    @classmethod
+    def of(cls, step: Step) -> Entry:
+        """What a step brings; its bytes are views of the step's payload."""
+        parts = tuple(Part(spec, payload) for spec, payload in step.parts())
+        hidden = [spec for spec in step.tensors if spec.name == HIDDEN]
+        tokens = sum(spec.keep or spec.shape[-2] for spec in hidden)
+        rows = hidden[0].shape[-3] if hidden else 0
+        return cls(step.position, tokens, rows, parts, step.ops, step.step_id, step.trace)
+
+    def step(self, epoch: int) -> Step:
+        """The entry as it travels."""
+        specs = tuple(part.spec for part in self.parts)
+        payload = b"".join(part.payload for part in self.parts)
+        return Step(epoch, self.step_id, self.position, specs, payload, self.ops, self.trace)
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +117,13 @@ class Journal:
             self.entries.append(last)
             self.nbytes += last.nbytes
 
-    def batches(self, max_tokens: int) -> Iterator[Entry]:
-        """The entries, neighbours joined where nothing happened between them, up to `max_tokens` rows x tokens."""
+    def batches(self, max_tokens: int, next_step: int = 0) -> Iterator[Entry]:
+        """The entries from the step `next_step` on, neighbours joined where nothing happened between them, up to
+        `max_tokens` rows x tokens. A joined entry goes by its last step's id."""
         joined: Entry | None = None
         for entry in self.entries:
+            if entry.step_id < next_step:
+                continue
             if joined is not None and _joinable(joined, entry, max_tokens):
                 joined = _join(joined, entry)
                 continue
@@ -110,6 +132,67 @@ class Journal:
             joined = entry
         if joined is not None:
             yield joined
+
+
+@dataclass(slots=True)
+class StepLog:
+    """All steps that crossed one boundary, for whoever is told (again): the latest as it was, with its operations, and
+    those before it as a journal.
+
+    A consumer that has taken all but the latest gets that one; a new one gets everything. So neither sees a crop twice
+    or not at all.
+
+    Args:
+        keeps_all: whether the journal is kept; otherwise the latest step only.
+    """
+
+    keeps_all: bool
+    latest: Entry | None = None
+    journal: Journal = field(default_factory=Journal)
+    kept_from: int = 0  # steps before this one were not kept, or evicted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the journal and of the latest step."""
+        return self.journal.nbytes + (self.latest.nbytes if self.latest is not None else 0)
+
+    @property
+    def whole(self) -> bool:
+        """Could a new consumer be told everything?"""
+        return self.kept_from == 0
+
+    def put(self, entry: Entry) -> None:
+        """Adds the next step."""
+        before, self.latest = self.latest, entry
+        if before is None:
+            return
+        if self.keeps_all and self.whole:
+            self.journal.append(before)
+        else:
+            self.kept_from = before.step_id + 1
+
+    def take_back(self) -> None:
+        """The latest step was given up: it never happened."""
+        self.latest = None
+
+    def evict(self) -> None:
+        """Forgets all but the latest step."""
+        if self.journal.entries:
+            self.kept_from = self.journal.entries[-1].step_id + 1
+            self.journal.clear()
+
+    def since(self, next_step: int, max_tokens: int) -> list[Entry]:
+        """The steps that a consumer lacks which expects `next_step`: 0, or one that is not before the latest.
+
+        Raises:
+            SessionLost: they are no longer kept.
+        """
+        if next_step < self.kept_from:
+            raise SessionLost(f"the steps before {self.kept_from} are no longer kept")
+        entries = list(self.journal.batches(max_tokens, next_step))
+        if self.latest is not None and self.latest.step_id >= next_step:
+            entries.append(self.latest)
+        return entries
 
 
 def _joinable(first: Entry, second: Entry, max_tokens: int) -> bool:
@@ -129,4 +212,6 @@ def _names(entry: Entry) -> set[str]:
 def _join(first: Entry, second: Entry) -> Entry:
     """Both as one step: the parts of both, but only the later attention mask, which covers all tokens."""
     parts = tuple(part for part in first.parts if part.spec.name != ATTENTION_MASK)
-    return replace(first, tokens=first.tokens + second.tokens, parts=parts + second.parts)
+    return replace(
+        first, tokens=first.tokens + second.tokens, parts=parts + second.parts, step_id=second.step_id, trace=()
+    )

@@ -1,0 +1,229 @@
+"""Links: this peer's streams to the peers after it. One `Push` stream to each, shared by all sessions.
+
+A next hop is a peer id, resolved through its verified record: nobody can make this peer dial an address (law 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from dht.background import task_group
+from dht.record import PeerRecord
+from protocol import potluck_pb2 as pb
+from protocol import potluck_pb2_grpc as pb_grpc
+from protocol.channel import open_channel, peer_error
+from protocol.errors import PeerLost, PotluckError
+from protocol.frames import step_frames
+from protocol.limits import MESSAGE_BYTES
+from protocol.messages import Failure, Step
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 1.0
+WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
+CLOSE_TIMEOUT_S = 1.0
+MAX_LINKS = 256
+IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
+
+Resolve = Callable[[str], Awaitable[PeerRecord | None]]
+Refused = Callable[[bytes, PotluckError, int], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Parcel:
+    """A step on its way out. `written` is done when it was handed to the stream, or could not be."""
+
+    edge: bytes
+    step: Step
+    written: asyncio.Future[None]
+
+    def frames(self) -> Iterator[pb.PushRequest]:
+        return (pb.PushRequest(edge=self.edge, request=frame) for frame in step_frames(self.step))
+
+    def fail(self, error: BaseException) -> None:
+        if not self.written.done():
+            self.written.set_exception(error)
+
+
+class _Link:
+    """The stream to one peer, connected when there is something to say."""
+
+    def __init__(self, peer_id: str, resolve: Resolve, refused: Refused) -> None:
+        self.parcels: asyncio.Queue[_Parcel] = asyncio.Queue()
+        self._peer_id = peer_id
+        self._resolve = resolve
+        self._refused = refused
+        self._at_hand: _Parcel | None = None
+        self._was_reached = False
+
+    async def run(self) -> None:
+        """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
+        fails the parcel at hand, not the link."""
+        while (parcel := await self._next()) is not None:
+            self._at_hand, self._was_reached = parcel, False
+            try:
+                async with self._connected() as call, task_group() as tasks:
+                    hearing = tasks.create_task(self._hear(call))
+                    try:
+                        while self._at_hand is not None:
+                            await self._write(call, self._at_hand)
+                            self._at_hand = await self._next_while(hearing)
+                    finally:
+                        hearing.cancel()
+            except PeerLost as error:
+                self._fail(error)
+            except Exception:  # whatever the next peer sends must not end this one
+                logger.exception("the stream to peer %s failed", self._peer_id[-8:])
+                self._fail(PeerLost("the stream to the next peer failed", peer_id=self._peer_id))
+            finally:
+                self._fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+            if not self._was_reached:
+                return
+
+    def _fail(self, error: PeerLost) -> None:
+        parcel, self._at_hand = self._at_hand, None
+        if parcel is not None:
+            parcel.fail(error)
+
+    async def _next(self) -> _Parcel | None:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                return await self.parcels.get()
+        except TimeoutError:
+            return None
+
+    async def _next_while(self, hearing: asyncio.Task[None]) -> _Parcel | None:
+        """The next parcel; None when the stream has ended, or was idle for long."""
+        getting = asyncio.ensure_future(self._next())
+        try:
+            await asyncio.wait({getting, hearing}, return_when=asyncio.FIRST_COMPLETED)
+            return getting.result() if getting.done() else None
+        finally:
+            getting.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        record = await self._resolve(self._peer_id)
+        if record is None or not record.addresses:
+            raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
+        channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
+        try:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await channel.channel_ready()
+            except TimeoutError:
+                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id) from None
+            self._was_reached = True
+            call = pb_grpc.PeerStub(channel).Push()  # type: ignore[no-untyped-call]  # generated
+            try:
+                yield call
+            finally:
+                call.cancel()
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await channel.close(None)
+
+    async def _write(self, call: Any, parcel: _Parcel) -> None:
+        if parcel.written.done():  # rerouted while it waited
+            return
+        try:
+            for frame in parcel.frames():
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await call.write(frame)
+        except TimeoutError:
+            raise PeerLost(f"the next peer took no bytes for {WRITE_TIMEOUT_S:g} s", peer_id=self._peer_id) from None
+        except grpc.aio.AioRpcError as error:
+            raise PeerLost(peer_error(error).message, peer_id=self._peer_id) from error
+        except asyncio.InvalidStateError:
+            raise PeerLost("the stream to the next peer had ended", peer_id=self._peer_id) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise PeerLost("the stream to the next peer was cancelled", peer_id=self._peer_id) from None
+        if not parcel.written.done():
+            parcel.written.set_result(None)
+
+    async def _hear(self, call: Any) -> None:
+        """Refusals; returns when the stream has ended."""
+        try:
+            while (reply := await call.read()) is not grpc.aio.EOF:
+                if reply is None:  # grpc.aio's word for bytes that are no message
+                    raise PeerLost("the next peer answers nonsense", peer_id=self._peer_id)
+                failure = Failure.from_proto(reply.failure)
+                self._refused(reply.edge, failure.error, failure.step_id)
+        except grpc.aio.AioRpcError as error:
+            logger.debug("the stream to peer %s ended: %s", self._peer_id[-8:], error.details())
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+
+
+class Links:
+    """All streams to next peers. Made by `open_links`.
+
+    Args:
+        resolve: finds a peer's verified record; may look again in the swarm.
+        refused: told when a next peer did not take a step: the edge's token, why, and the step's id.
+        tasks: in which the streams live.
+    """
+
+    def __init__(self, resolve: Resolve, refused: Refused, tasks: asyncio.TaskGroup) -> None:
+        self._resolve = resolve
+        self._refused = refused
+        self._tasks = tasks
+        self._links: dict[str, tuple[_Link, asyncio.Task[None]]] = {}
+
+    def push(self, peer_id: str, edge: bytes, step: Step) -> asyncio.Future[None]:
+        """Hands `step` to the stream to `peer_id`. The future is done when it was written; it fails with a `PeerLost`.
+        Whoever does not want it any more may fail the future itself."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written.add_done_callback(_seen)
+        if peer_id not in self._links:
+            if len(self._links) >= MAX_LINKS:
+                written.set_exception(PeerLost("this peer pushes to as many others as it can", peer_id=peer_id))
+                return written
+            link = _Link(peer_id, self._resolve, self._refused)
+            task = self._tasks.create_task(link.run(), name=f"link-{peer_id[-8:]}")
+            task.add_done_callback(lambda _: self._ended(peer_id, link))
+            self._links[peer_id] = link, task
+        self._links[peer_id][0].parcels.put_nowait(_Parcel(edge, step, written))
+        return written
+
+    def close(self) -> None:
+        """Ends all streams."""
+        for _, task in self._links.values():
+            task.cancel()
+
+    def _ended(self, peer_id: str, link: _Link) -> None:
+        if peer_id in self._links and self._links[peer_id][0] is link:
+            del self._links[peer_id]
+        while not link.parcels.empty():
+            link.parcels.get_nowait().fail(PeerLost("this peer is closing its streams", peer_id=peer_id))
+
+
+def _seen(written: asyncio.Future[None]) -> None:
+    """Nobody may be waiting for a failure any more; asyncio would complain."""
+    if not written.cancelled():
+        written.exception()
+
+
+@contextlib.asynccontextmanager
+async def open_links(resolve: Resolve, refused: Refused) -> AsyncIterator[Links]:
+    """Links that live as long as the body runs."""
+    async with task_group() as tasks:
+        links = Links(resolve, refused, tasks)
+        try:
+            yield links
+        finally:
+            links.close()

@@ -1,0 +1,152 @@
+"""A pump: takes one session's steps in order, has them computed, and hands their outputs on.
+
+    deliveries -> compute thread -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
+
+One task per stream of a client, so that a session's steps and outputs never overtake each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from peer.compute import ComputeThread
+from peer.links import Links
+from peer.meter import Meter
+from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
+from peer.worker import Worker
+from protocol import potluck_pb2 as pb
+from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
+from protocol.frames import result_frames
+from protocol.journal import Entry
+from protocol.messages import Failure, Route, StepResult
+
+logger = logging.getLogger(__name__)
+
+REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again to a new peer
+
+
+class ReplyStream:
+    """What goes back to the client of one `Infer`; replies of several messages are not mixed.
+
+    Raises:
+        ClientLeft: by every method: there is nobody any more to hear it.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def send(self, *replies: pb.InferReply) -> None:
+        async with self._lock:
+            for reply in replies:
+                try:
+                    await self._context.write(reply)
+                except Exception as error:  # grpc.aio has many words for it, none of them public
+                    raise ClientLeft(str(error)) from error
+
+    async def fail(self, error: PotluckError, step_id: int = 0, *, fatal: bool = False) -> None:
+        await self.send(Failure(error, step_id, fatal).to_proto())
+
+
+class Pump:
+    """Runs one session's steps for as long as its client's stream lives."""
+
+    def __init__(
+        self,
+        session: Session,
+        sessions: SessionTable,
+        worker: Worker,
+        compute: ComputeThread,
+        links: Links,
+        meter: Meter,
+        client: ReplyStream,
+    ) -> None:
+        self._session = session
+        self._sessions = sessions
+        self._worker = worker
+        self._compute = compute
+        self._links = links
+        self._meter = meter
+        self._client = client
+
+    async def run(self) -> None:
+        """Until it is cancelled, or a step broke the protocol: the client has been told, the stream must end."""
+        session = self._session
+        while True:
+            delivery = await session.deliveries.get()
+            try:
+                if delivery is not None:
+                    try:
+                        await self._execute(delivery)
+                    finally:
+                        delivery.release(self._sessions.messages)
+                await self._hand_on()
+            except StaleEpoch as error:  # overtaken by a new epoch while it waited: nobody asks for it any more
+                logger.debug("a step was dropped: %s", error)
+            except PotluckError as error:
+                fatal = isinstance(error, WireError)
+                await self._client.fail(error, delivery.step.step_id if delivery else 0, fatal=fatal)
+                if fatal:
+                    return
+
+    async def _execute(self, delivery: Delivery) -> None:
+        session, step = self._session, delivery.step
+        if step.step_id < session.next_step and not delivery.pushed:
+            session.sent = min(session.sent, step.step_id)  # the client asks again
+        session.last_used_s = time.monotonic()
+        session.running = self._compute.submit(self._worker.execute, session, step, delivery.arrived_s)
+        try:
+            cost = await asyncio.wrap_future(session.running)
+        except PotluckError:
+            raise
+        except Exception as error:
+            logger.exception("a step failed before it was applied")
+            raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
+        session.last_used_s = time.monotonic()
+        output = session.outputs.latest
+        if cost is not None and output is not None:
+            self._meter.note(
+                len(session.span), output.tokens, output.rows, cost.queue_ms, cost.compute_ms, session.last_used_s
+            )
+
+    async def _hand_on(self) -> None:
+        """Hands on the outputs that the next hop lacks, in order. Begins anew whenever the route changes meanwhile."""
+        session = self._session
+        while (route := session.route) is not None:
+            turn = session.turn
+            pending = await self._pending()
+            if session.turn == turn and not pending:
+                return
+            for output in pending:
+                if session.turn != turn:
+                    break
+                try:
+                    await self._hand_on_one(output, route)
+                except Rerouted:
+                    break
+                if session.turn == turn:
+                    session.sent = output.step_id + 1
+
+    async def _pending(self) -> list[Entry]:
+        session, latest = self._session, self._session.outputs.latest
+        if latest is None or latest.step_id < session.sent:
+            return []
+        if latest.step_id == session.sent and session.running is not None and session.running.done():
+            return [latest]
+        # The outputs belong to the compute thread.
+        return await self._compute.run(session.outputs.since, session.sent, REPLAY_TOKENS)
+
+    async def _hand_on_one(self, output: Entry, route: Route) -> None:
+        session = self._session
+        step = output.step(session.epoch)
+        if route.peer_id and not session.undelivered:
+            session.handing_on = self._links.push(route.peer_id, route.edge, step)
+            try:
+                await session.handing_on
+                return
+            except PeerError as error:
+                session.undelivered = error.message
+        await self._client.send(*result_frames(StepResult(step, session.undelivered)))

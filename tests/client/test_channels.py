@@ -1,0 +1,62 @@
+"""A client's channels: one for each peer, and none to peers that are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.channels import Channels
+from protocol.ping import round_trip_ms
+from protocol.span import Span
+from tests.harness import open_host, record_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+async def test_channels_to_peers_that_are_gone_are_closed(checkpoint: Path) -> None:
+    channels = Channels()
+    async with open_host(checkpoint, Span(0, 2)) as host:
+        there = record_of(host)
+        gone = replace(there, addresses=("127.0.0.1:9",))  # nobody listens at the discard port
+        assert channels.to(there) is channels.to(there)
+        assert await round_trip_ms(channels.to(there), 5.0) is not None
+        assert await round_trip_ms(channels.to(gone), 0.2) is None
+        await channels.forget_all_but([there, gone])
+        assert len(channels) == 2, "both are in the swarm"
+        await channels.forget_all_but([])
+        assert len(channels) == 1, "a peer that answers is there, whatever the swarm says"
+        assert await round_trip_ms(channels.to(there), 5.0) is not None
+    async with asyncio.timeout(10.0):
+        while len(channels):
+            await channels.forget_all_but([])
+            await asyncio.sleep(0.01)
+    await channels.close()
+
+
+async def test_a_lent_channel_is_closed_unless_it_is_kept(checkpoint: Path) -> None:
+    channels = Channels()
+    async with open_host(checkpoint, Span(0, 2)) as host:
+        peer = record_of(host)
+        async with channels.lent(peer) as channel:
+            assert await round_trip_ms(channel, 5.0) is not None
+        assert len(channels) == 0
+        async with channels.lent(peer, keep=True) as kept:
+            assert await round_trip_ms(kept, 5.0) is not None
+        async with channels.lent(peer) as channel:
+            assert channel is kept
+        await channels.close()
