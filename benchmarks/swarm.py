@@ -40,32 +40,34 @@ INTRODUCTION: Final = """\
 This page is written by `python -m benchmarks swarm --page{options}`; `make bench` writes it from fewer peers and hours.
 The seed was {seed}: the same one gives the same figures.
 
-**What is real.** Peers find their place and move by `peer.placement`; what they announce is merged into views by
-`dht.view`, stamped and expiring as in `dht.announcer` and `dht.config` (every {announce_s:g} s, gone after {expiry_s:g} s, read
-every {refresh_s:g} s); clients choose chains by `client.chain` and blame by `client.blame`; peers publish round trips to those
-that `peer.neighbours` finds likely to come next.
+**What is real.** Peers find their place and move by `peer.placement`, and claim it and make sure of it by `peer.claim`
+and `peer.balance`. What they announce is merged into views by `dht.view`, stamped and expiring as in `dht.announcer` and
+`dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s. Clients choose chains by
+`client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to be told everything.
+Peers publish round trips to those that `peer.neighbours` finds likely to come next.
 
-**What is simulated.** The clock; {peers} machines with {least_blocks} to {most_blocks} blocks of memory (log-uniform),
-log-normal speed and bandwidth (sigma {speed_spread:g}), and a place on a plane of {world_ms:g} x {world_ms:g} ms; the time to load
-({block_mib:g} MiB per block at {line_mib_per_s:g} MiB/s in the median) and to drain ({drain_s:g} s). A peer stays for {mean_stay_h:g} h on
-average (exponential); {silent:.0%} of those that leave say nothing, and half of these do not even refuse connections. A
-stranger with a machine of the same make comes at once; it does not know which place became free. For r replicas there
-are so many models of {n_blocks} blocks that memory is enough for r of each block and {spare:.0%} more: spans of uneven length never
-fit without waste.
+**What is simulated.** The clock. {peers} machines with {least_blocks} to {most_blocks} blocks of memory (log-uniform),
+log-normal speed and bandwidth (sigma {speed_spread:g}), and a place on a plane of {world_ms:g} x {world_ms:g} ms. The
+time to load, {block_mib:g} MiB per block at {line_mib_per_s:g} MiB/s in the median, and to drain, {drain_s:g} s. A peer
+stays for {mean_stay_h:g} h on average (exponential); {silent:.0%} of those that leave say nothing, and half of these do
+not even refuse connections. A stranger with a machine of the same make comes at once; it does not know which place
+became free. A machine that moves has no room for a second span: it drains, loads what it has not, and serves again. For
+r replicas there are so many models of {n_blocks} blocks that memory is enough for r of each block and {spare:.0%} more:
+spans of uneven length never fit without waste.
 """
 
 COVERAGE: Final = """\
 ## Coverage
 
 A block is uncovered while no peer takes new sessions for it. The bound is (d/m)^r: a replica is lost every
-m = {mean_stay_h:g} h and takes d to be replaced, so that all r replicas of a block are missing at once for (d/m)^r of the time.
-d = detect + decide + load:
+m = {mean_stay_h:g} h and takes d to be replaced, so that all r replicas of a block are missing at once for (d/m)^r of
+the time. d = detect + decide + load:
 
 - *detect*: without notice, until the record expires, which was announced half an announcement's pace ago on average:
   {expiry_s:g} - {announce_s:g}/2 s. With notice, half a reader's pace, {refresh_s:g}/2 s.
 - *decide*: until the peer whose turn it is looks again: `MovePolicy.gap_check_every_s`, {decide_s:g} s.
-- *load*: {drain_s:g} s to drain, and the mean time to load a span, spans weighted by their length, since a long one holds more
-  of the replicas.
+- *load*: {drain_s:g} s to drain, and the mean time to load a span, spans weighted by their length, since a long one
+  holds more of the replicas.
 """
 
 CLIENTS: Final = """\
@@ -81,8 +83,8 @@ Nobody comes or goes for {hours:g} h, r = 2; speeds are measured with an error o
 ONE: Final = """\
 ## All in one model
 
-{peers} peers serve one model for {hours:g} h, with the same churn. The upper bound of the weakest block's throughput is what
-all devices compute together over the number of blocks: no placement gives more.
+{peers} peers serve one model for {hours:g} h, with the same churn. The upper bound of the weakest block's throughput is
+what all devices compute together over the number of blocks: no placement gives more.
 """
 
 SMALL: Final = """\
@@ -97,11 +99,11 @@ they joined one after the other, against the upper bound.
 LIMITS: Final = """\
 ## What this does not show
 
-- All readers of the DHT read at the same moments and share one view; signatures are neither made nor checked; the DHT
-  never loses a record and takes no time to store one.
+- All readers of the DHT read at the same moments and share one view, except those who are about to move, who read anew;
+  signatures are neither made nor checked; the DHT never loses a record and takes no time to store one.
 - Peers load at their line's full speed; a block that was left has to be loaded again.
 - Clients know all round trips exactly. Queues at peers are not simulated: clients are few.
-- Recovery is one formula (`benchmarks.swarm_clients.replay_s`): all tokens so far, as one prefill.
+- Every peer keeps the outputs of a session's steps for its whole length; the time to send them is left out.
 - Some small swarms of unequal peers stay below 95 % of the optimum: two peers would have to move at the same moment,
   since either alone would leave a block with fewer replicas than the others have. Placement does not do that.
 - In a thin swarm (r = 1 to 3) the weakest block is far below the upper bound, which whole spans cannot reach:
