@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
@@ -40,11 +40,11 @@ INTRODUCTION: Final = """\
 This page is written by `python -m benchmarks swarm --page{options}`; `make bench` writes it from fewer peers and hours.
 The seed was {seed}: the same one gives the same figures.
 
-**What is real.** Peers find their place and move by `peer.placement`, and claim it and make sure of it by `peer.claim`
-and `peer.balance`. What they announce is merged into views by `dht.view`, stamped and expiring as in `dht.announcer` and
-`dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s. Clients choose chains by
-`client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to be told everything.
-Peers publish round trips to those that `peer.neighbours` finds likely to come next.
+**What is real.** Peers find their place and move by `peer.placement`, and claim it and make sure of it by
+`peer.claim` and `peer.balance`. What they announce is merged into views by `dht.view`, stamped and expiring as in
+`dht.announcer` and `dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s. Clients
+choose chains by `client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to be
+told everything. Peers publish round trips to those that `peer.neighbours` finds likely to come next.
 
 **What is simulated.** The clock. {peers} machines with {least_blocks} to {most_blocks} blocks of memory (log-uniform),
 log-normal speed and bandwidth (sigma {speed_spread:g}), and a place on a plane of {world_ms:g} x {world_ms:g} ms. The
@@ -149,7 +149,7 @@ def write_page(scenario: Scenario, seed: int, options: str) -> None:
         *churned, quiet, one = (each.result() for each in runs)
         sections = [
             Section(introduction(scenario, seed, options)),
-            side_by_side(COVERAGE.format(**words(scenario)), churned, swarm_rows),
+            side_by_side(COVERAGE.format_map(words(scenario)), churned, swarm_rows),
             Section(f"![Coverage over time]({PLOT.name})\n"),
             side_by_side(CLIENTS, churned, client_rows),
             Section(CALM.format(hours=calm.hours), ("", ""), swarm_rows(quiet)),
@@ -167,7 +167,7 @@ def write_page(scenario: Scenario, seed: int, options: str) -> None:
     console.print(f"written: {PAGE.name}, {PLOT.name}")
 
 
-def words(scenario: Scenario) -> Mapping[str, object]:
+def words(scenario: Scenario) -> dict[str, object]:
     """What the page's texts say of a scenario and of the project's defaults."""
     return {
         **{each.name: getattr(scenario, each.name) for each in fields(scenario)},
@@ -180,7 +180,7 @@ def words(scenario: Scenario) -> Mapping[str, object]:
 
 def introduction(scenario: Scenario, seed: int, options: str) -> str:
     """The head of the page."""
-    return INTRODUCTION.format(**words(scenario), seed=seed, options=options)
+    return INTRODUCTION.format_map({**words(scenario), "seed": seed, "options": options})
 
 
 def side_by_side(text: str, runs: Sequence[Figures], rows_of: Callable[[Figures], Sequence[Row]]) -> Section:
