@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME... | all`."""
+"""`python -m benchmarks list | run NAME... | all | swarm`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Final
 
 import click
 
+from benchmarks.swarm import command as swarm
 from protocol.command import tame_libraries
 
 # Name -> (module, what it measures). Each module has `run() -> None`, which prints its report and writes it to `docs/`.
 SCENARIOS: Final[dict[str, tuple[str, str]]] = {
     "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
     "accuracy": ("benchmarks.accuracy", "right answers of the demo model with each codec; writes docs/accuracy.md"),
+    "swarm": ("benchmarks.swarm", "coverage, moves and throughput of a simulated swarm; writes docs/swarm.md"),
 }
 
 
@@ -44,6 +46,9 @@ def run(names: tuple[str, ...]) -> None:
 def run_all(context: click.Context) -> None:
     """Run every scenario."""
     context.invoke(run, names=tuple(SCENARIOS))
+
+
+main.add_command(swarm)
 
 
 if __name__ == "__main__":

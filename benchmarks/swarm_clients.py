@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
@@ -12,19 +13,17 @@ from benchmarks.swarm_world import Peer, Swarm, World, rtt_ms
 from client.blame import Blame
 from client.chain import Link, choose_chain
 from client.config import ClientConfig
+from client.deadline import SHARED, StepTimes
+from client.recovery import to_renew
 from client.times import Times
 from protocol.errors import BlocksMissing
+from protocol.messages import Opened
 from protocol.span import Span
 
 CONFIG: Final = ClientConfig()
 ANSWER_TOKENS: Final = 200
 PROMPT_TOKENS: Final = 100
 THINK_S: Final = 60.0
-SILENCE_S: Final = 1.0
-"""After which a peer that fell silent in the middle of an answer is given up, at least."""
-SLOWEST_STEPS: Final = 3.0
-PREFILL_GAIN: Final = 10.0
-"""So many times faster a peer computes tokens together than one after the other."""
 
 
 @dataclass(slots=True)
@@ -99,8 +98,8 @@ class Client:
             answer.waiting_since_s = None
         kept_before = [link for link in answer.links if link.span.stop <= lost.start]
         kept_after = [link for link in answer.links if link.span.start >= lost.stop]
-        lost_s += replay_s(links, self._swarm, PROMPT_TOKENS + int(answer.tokens))
         answer.links = kept_before + links + kept_after
+        lost_s += replay_s(answer.links, links, self._swarm, PROMPT_TOKENS + int(answer.tokens))
         self._start(answer, lost_s)
 
     def _living_chain(self, answer: Answer, wanted: Span, lost_s: float) -> tuple[list[Link], float]:
@@ -199,7 +198,8 @@ class Client:
         self._blame.add(peer.peer_id)
         crashed_s = rtt_ms(self._world.scenario, self._where, self._swarm.where[peer.peer_id]) / 1000
         vanished = peer.peer_id in self._swarm.vanished
-        answer.notice_s = max(SILENCE_S, SLOWEST_STEPS * answer.step_s) if vanished else crashed_s
+        silence_s = StepTimes(answer.step_s).allowance_s(1) + CONFIG.probe_timeout_s
+        answer.notice_s = silence_s if vanished else crashed_s
         self._world.at(now_s + answer.notice_s, self._replace, answer, answer.epoch, span)
 
     def _replace(self, answer: Answer, epoch: int, span: Span) -> None:
@@ -224,14 +224,18 @@ class Client:
         self.think()
 
 
-def replay_s(links: list[Link], swarm: Swarm, tokens: int) -> float:
-    """How long replacements take to be told what the lost peers knew: all tokens so far, as one prefill.
+def replay_s(chain: Sequence[Link], new: Sequence[Link], swarm: Swarm, tokens: int) -> float:
+    """How long it takes until a chain with `new` peers in it can go on: `client.recovery` says who begins anew.
 
-    The one place where recovery is simulated: what is replayed from where decides how long this takes. Here the
-    nearest living journal is always there, and its line is no bottleneck.
+    Each of these computes all tokens so far, one peer after the other, since each needs what the one before it puts
+    out. All peers have kept the outputs of their steps, and their lines are no bottleneck.
     """
+    fresh = Opened(next_step=0, tokens=0, kv_tokens_left=0, dtype="float32", log_whole=True)
+    kept = Opened(next_step=tokens, tokens=tokens, kv_tokens_left=0, dtype="float32", log_whole=True)
+    states = [fresh if link in new else kept for link in chain]
+    told = {index for index, state in enumerate(states) if state is fresh} | set(to_renew(states, tokens))
     return sum(
-        tokens * len(link.span) / (PREFILL_GAIN * swarm.peers[link.peer.peer_id].machine.blocks_per_s) for link in links
+        tokens * len(chain[i].span) / (SHARED * swarm.peers[chain[i].peer.peer_id].machine.blocks_per_s) for i in told
     )
 
 

@@ -38,6 +38,8 @@ class Meter:
         self.total_blocks_per_s = 0.0
         self.uncovered_block_s = 0.0
         self.gap_s = 0.0
+        self.gaps = 0
+        self._in_gap = False
         self.replica_block_s = np.zeros(MOST_REPLICAS + 1)
         self.weakest_token = 0.0
         self.bound_token = 0.0
@@ -76,6 +78,8 @@ class Meter:
         bound = self.total_blocks_per_s / self.n_blocks
         self.uncovered_block_s += uncovered * lasted_s
         self.gap_s += lasted_s if uncovered else 0.0
+        self.gaps += bool(uncovered) and not self._in_gap
+        self._in_gap = bool(uncovered)
         self.replica_block_s += counts * lasted_s
         self.weakest_token += weakest * lasted_s
         self.bound_token += bound * lasted_s

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from peer.placement import REPLICAS_WANTED, MovePolicy, Placed, better_span, choose_span
+from peer.board import REPLICAS_WANTED
+from peer.placement import MovePolicy, Placed, choose_span, outlook
 
 MOST_PLACEMENTS = 200_000
 """Different placements that are kept while all are tried; a larger case is not small."""
@@ -82,7 +83,7 @@ def rebalanced(case: Case, peers: Sequence[Placed], policy: MovePolicy, rng: ran
         for index in rng.sample(range(len(now)), len(now)):
             others = now[:index] + now[index + 1 :]
             cuts = range(case.n_blocks + 1)
-            span = better_span(now[index], others, case.n_blocks, cuts, case.num_blocks[index], policy, rng=rng)
+            span = outlook(now[index], others, case.n_blocks, cuts, case.num_blocks[index], policy, rng=rng).span
             if span is not None:
                 now[index] = replace(now[index], span=span)
                 moves, quiet = moves + 1, 0

@@ -10,8 +10,10 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 from benchmarks.swarm_meter import Meter
@@ -19,15 +21,18 @@ from dht.announcer import TOMBSTONE_MARGIN_S
 from dht.config import DhtConfig
 from dht.record import PeerRecord
 from dht.view import Findings, SwarmView, make_view, merge
+from peer.balance import is_safe, may_go
+from peer.claim import LOOKS, PAUSE_S, rivals
+from peer.first_span import UNKNOWN_BLOCKS_PER_S
 from peer.neighbours import likely_next
-from peer.placement import MovePolicy, Placed, choose_span, lack, lacking, next_check_s, outlook, placed
+from peer.placement import MovePolicy, Outlook, Placed, choose_span, could_help, lack, next_check_s, outlook, placed
 from protocol.span import Span
 
 DHT: Final = DhtConfig()
 KV_TOKENS: Final = 65536
 EXPIRED_S: Final = 1e-3
 """So long after a record expired, it surely has."""
-PING_EVERY_S: Final = 300.0
+PING_EVERY_S: Final = 900.0
 """Between two measurements of a peer's round trips to likely next ones."""
 
 
@@ -71,7 +76,7 @@ class Scenario:
     world_ms: float = 100.0
     last_mile_ms: float = 4.0
     clients: int = 20
-    phases: int = 2
+    phases: int = 1
     warm_up_h: float = 1.0
 
     @property
@@ -108,6 +113,7 @@ class Peer:
         self.swarm = swarm
         self.phase = phase
         self.alive = True
+        self.leaving = False
         self.came_s = 0.0
         self.check_at_s = math.inf
         self.ping_at_s = 0.0
@@ -120,16 +126,39 @@ class Peer:
         return self.alive and self.record.state == "online"
 
 
-@dataclass(slots=True)
 class Reading:
-    """What the readers of one moment know of the DHT."""
+    """What the readers of one moment know of the DHT. Replaced when they read again."""
 
-    read_at_s: float = -math.inf
-    findings: Findings = field(default_factory=Findings)
-    view: SwarmView = field(default_factory=SwarmView)
-    placed: tuple[Placed, ...] = ()
-    next_expiry_s: float = math.inf
-    pending: list[tuple[float, PeerRecord]] = field(default_factory=list)
+    def __init__(self, swarm: Swarm, findings: Findings, read_at_s: float) -> None:
+        self.findings = findings
+        self.read_at_s = read_at_s
+        self._swarm = swarm
+
+    @cached_property
+    def next_expiry_s(self) -> float:
+        return min((peer.expires_at for peer in self.findings.peers.values()), default=math.inf)
+
+    @cached_property
+    def view(self) -> SwarmView:
+        return make_view(self.findings, self.read_at_s)
+
+    @property
+    def peers(self) -> tuple[PeerRecord, ...]:
+        return self.view.peers(self._swarm.fingerprint)
+
+    @cached_property
+    def placed(self) -> tuple[Placed, ...]:
+        return placed(self.peers, prior_blocks_per_s=self._swarm.prior_blocks_per_s)
+
+    @cached_property
+    def helpers(self) -> frozenset[str]:
+        """Who could give blocks replicas that they lack."""
+        return could_help(self._swarm.n_blocks, self._swarm.cuts, self.placed)
+
+    def mine_and_others(self, peer_id: str) -> tuple[PeerRecord | None, list[PeerRecord]]:
+        """As `peer.claim.refreshed` has it."""
+        mine = next((peer for peer in self.peers if peer.peer_id == peer_id), None)
+        return mine, [peer for peer in self.peers if peer.peer_id != peer_id]
 
 
 class Swarm:
@@ -139,18 +168,20 @@ class Swarm:
         self.fingerprint = fingerprint
         self.n_blocks = scenario.n_blocks
         self.cuts = tuple(range(scenario.n_blocks + 1))
+        self.prior_blocks_per_s = scenario.speed_blocks_per_s
         self.peers: dict[str, Peer] = {}
         self.where: dict[str, tuple[float, float]] = {}
         """Of all peers that ever were."""
         self.vanished: set[str] = set()
         self.meter = Meter(scenario.n_blocks, started_s)
-        self._prior = scenario.speed_blocks_per_s
         self._phases = scenario.phases
-        self._readings = [Reading() for _ in range(scenario.phases)]
+        # The last one is of those who read at this very moment.
+        self._readings = [Reading(self, Findings(), -math.inf) for _ in range(scenario.phases + 1)]
+        self._pending: list[list[tuple[float, PeerRecord]]] = [[] for _ in self._readings]
 
     def publish(self, record: PeerRecord, now_s: float) -> None:
-        for reading in self._readings:
-            reading.pending.append((now_s, record))
+        for pending in self._pending:
+            pending.append((now_s, record))
 
     def next_read_s(self, now_s: float, phase: int) -> float:
         """When the readers of this phase next read."""
@@ -159,24 +190,25 @@ class Swarm:
 
     def read(self, now_s: float, phase: int) -> Reading:
         """What readers of this phase know now: they read at a steady pace, and what expires is gone at once."""
-        reading = self._readings[phase]
         read_at_s = self.next_read_s(now_s, phase) - DHT.refresh_every_s
-        if read_at_s <= reading.read_at_s and now_s < reading.next_expiry_s:
-            return reading
-        fresh: dict[str, PeerRecord] = {}
-        later = len(reading.pending)
-        for index, (at_s, record) in enumerate(reading.pending):
-            if at_s > read_at_s:
-                later = index
-                break
-            fresh[record.peer_id] = record
-        del reading.pending[:later]
-        reading.read_at_s = max(reading.read_at_s, read_at_s)
-        reading.findings = merge(reading.findings, Findings(peers=fresh), now_s)
-        reading.view = make_view(reading.findings, read_at_s)
-        reading.placed = placed(reading.view.peers(self.fingerprint), prior_blocks_per_s=self._prior)
-        reading.next_expiry_s = min((p.expires_at for p in reading.findings.peers.values()), default=math.inf)
-        return reading
+        reading = self._readings[phase]
+        if read_at_s > reading.read_at_s or now_s >= reading.next_expiry_s:
+            self._readings[phase] = self._merged(phase, now_s, max(read_at_s, reading.read_at_s))
+        return self._readings[phase]
+
+    def read_anew(self, now_s: float) -> Reading:
+        """What one knows who reads now."""
+        last = self._phases
+        if self._pending[last] or now_s >= self._readings[last].next_expiry_s:
+            self._readings[last] = self._merged(last, now_s, now_s)
+        return self._readings[last]
+
+    def _merged(self, index: int, now_s: float, read_at_s: float) -> Reading:
+        pending = self._pending[index]
+        count = next((n for n, (at_s, _) in enumerate(pending) if at_s > read_at_s), len(pending))
+        fresh = {record.peer_id: record for _, record in pending[:count]}
+        del pending[:count]
+        return Reading(self, merge(self._readings[index].findings, Findings(peers=fresh), now_s), read_at_s)
 
 
 class World:
@@ -196,6 +228,8 @@ class World:
         self._events = 0
         machines = [self._make_machine() for _ in range(scenario.peers)]
         self.memory_blocks = sum(machine.num_blocks for machine in machines)
+        self.mean_load_s = sum(m.num_blocks**2 * m.load_block_s for m in machines) / self.memory_blocks
+        """Of a replica of a block: long spans hold more of them, and take longer."""
         share = scenario.n_blocks * scenario.replicas * (1 + scenario.spare)
         models = max(1, int(self.memory_blocks / share)) if share else 1
         self.swarms = [Swarm(f"model-{index}", scenario, scenario.warm_up_h * 3600) for index in range(models)]
@@ -245,13 +279,11 @@ class World:
     def _join(self, machine: Machine, swarm: Swarm) -> None:
         self.joins += self.counting
         peer = Peer(f"peer-{self._events}", machine, swarm, self.rng.randrange(self.scenario.phases))
-        others = swarm.read(self.now_s, peer.phase).placed
-        span = choose_span(swarm.n_blocks, swarm.cuts, others, machine.num_blocks, machine.blocks_per_s)
         peer.record = PeerRecord(
             peer_id=peer.peer_id,
             fingerprint=swarm.fingerprint,
             n_blocks=swarm.n_blocks,
-            span=span,
+            span=self._weakest(peer, swarm.read(self.now_s, peer.phase).placed),
             state="joining",
             addresses=("192.0.2.1:1",),
             certificate_der=b"",
@@ -263,45 +295,70 @@ class World:
         swarm.peers[peer.peer_id] = peer
         swarm.where[peer.peer_id] = machine.where
         self._announce(peer)
-        self._heartbeat_later(peer)
-        self.at(self.now_s + len(span) * machine.load_block_s, self._online, peer, span)
+        self.at(self.now_s + DHT.announce_every_s, self._heartbeat, peer)
+        self._after_pause(self._settle, peer, LOOKS)
         if math.isfinite(self.scenario.mean_stay_s):
             stay_s = self.rng.expovariate(1 / self.scenario.mean_stay_s)
             silent = self.rng.random() < self.scenario.silent
             self.at(self.now_s + stay_s, self.leave, peer, silent)
 
-    def _online(self, peer: Peer, span: Span) -> None:
-        if not peer.alive or peer.record.state == "offline":
+    def _weakest(self, peer: Peer, others: Iterable[Placed]) -> Span:
+        """Where the swarm needs a newcomer most, as `peer.first_span.FirstSpan` asks it."""
+        known = [other for other in others if other.peer_id != peer.peer_id]
+        speed = statistics.median([o.blocks_per_s for o in known] or [UNKNOWN_BLOCKS_PER_S])
+        return choose_span(peer.swarm.n_blocks, peer.swarm.cuts, known, peer.machine.num_blocks, speed)
+
+    def _settle(self, peer: Peer, looks: int) -> None:
+        """As `peer.claim.settle`: did others come first with these blocks? Then to other ones; else load."""
+        if not peer.alive or peer.record.state != "joining":
             return
-        peer.record = replace(peer.record, span=span, moving_to=None, state="online")
-        peer.came_s = self.now_s
+        reading = peer.swarm.read_anew(self.now_s)
+        mine, others = reading.mine_and_others(peer.peer_id)
+        if looks and mine is not None and rivals(mine, others):
+            span = self._weakest(peer, reading.placed)
+            if span != peer.record.span:
+                self._change(peer, span=span)
+                self._after_pause(self._settle, peer, looks - 1)
+                return
+        span = peer.record.span
+        self.at(self.now_s + len(span) * peer.machine.load_block_s, self._online, peer, span)
+
+    def _after_pause(self, what: Callable[..., None], *args: Any) -> None:
+        """Do something when the claims of others have arrived."""
+        self.at(self.now_s + self.rng.uniform(*PAUSE_S), what, *args)
+
+    def _online(self, peer: Peer, span: Span) -> None:
+        """It has loaded, or stays after all, and takes sessions from now on."""
+        if not peer.alive or peer.leaving:
+            return
+        if span != peer.record.span or peer.record.state == "joining":
+            peer.came_s = self.now_s
         peer.swarm.meter.serve(self.now_s, span, peer.machine.blocks_per_s)
-        self._announce(peer)
+        self._change(peer, span=span, moving_to=None, state="online")
         self._check_later(peer)
 
     def leave(self, peer: Peer, silent: bool) -> None:
         """The peer goes, with or without notice; a stranger comes."""
-        if not peer.alive:
+        if not peer.alive or peer.leaving:
             return
         self.leaves += self.counting
-        if silent and self.rng.random() < self.scenario.vanish:
-            peer.swarm.vanished.add(peer.peer_id)
         served = peer.serves
+        peer.leaving = True
         if silent:
+            if self.rng.random() < self.scenario.vanish:
+                peer.swarm.vanished.add(peer.peer_id)
             self._gone(peer)
             for phase in range(self.scenario.phases):
                 self.at(peer.record.expires_at + EXPIRED_S, self._look, peer.swarm, phase)
         else:
-            peer.record = replace(peer.record, state="draining", moving_to=None)
-            self._announce(peer)
+            self._change(peer, state="draining", moving_to=None)
             self.at(self.now_s + self.scenario.drain_s, self._say_goodbye, peer)
         if served:
             self._stop_serving(peer, told=not silent)
         self.at(self.now_s, self._join, peer.machine, peer.swarm)
 
     def _say_goodbye(self, peer: Peer) -> None:
-        peer.record = replace(peer.record, state="offline")
-        self._announce(peer)
+        self._change(peer, state="offline")
         self._gone(peer)
 
     def _gone(self, peer: Peer) -> None:
@@ -315,11 +372,12 @@ class World:
         for watcher in watchers:
             watcher(peer, told)
 
-    # -- moving -------------------------------------------------------------------------------------------------------
+    # -- moving: as `peer.balance` and `peer.hosting` have it, where memory holds no second span ----------------------
 
     def _check_later(self, peer: Peer, gap: bool | None = None) -> None:
+        """Look again in a while, or in a moment if it could help (`gap`; None: as its readers know)."""
         if gap is None:
-            gap = lacking(peer.swarm.n_blocks, peer.swarm.read(self.now_s, peer.phase).placed)
+            gap = peer.peer_id in peer.swarm.read(self.now_s, peer.phase).helpers
         at_s = self.now_s + next_check_s(self.policy, self.rng, gap=gap)
         if gap and self.now_s < peer.check_at_s <= at_s:
             return
@@ -327,49 +385,70 @@ class World:
         self.at(at_s, self._check, peer, at_s)
 
     def _check(self, peer: Peer, at_s: float) -> None:
-        if at_s != peer.check_at_s or not peer.serves:
+        if at_s != peer.check_at_s or not peer.serves or peer.record.moving_to:
             return
         peer.check_at_s = math.inf
-        swarm = peer.swarm
-        known = swarm.read(self.now_s, peer.phase).placed
-        others = [other for other in known if other.peer_id != peer.peer_id]
-        me = Placed(peer.peer_id, peer.record.span, self._measured(peer))
-        found = outlook(
-            me,
-            others,
-            swarm.n_blocks,
-            swarm.cuts,
+        # A real peer reads anew at each look. That is slow, so here only one that would move does.
+        found = self._outlook(peer, peer.swarm.read(self.now_s, peer.phase))
+        reading = peer.swarm.read_anew(self.now_s) if found.span else None
+        found = self._outlook(peer, reading) if reading else found
+        if reading and found.span:
+            mine, others = reading.mine_and_others(peer.peer_id)
+            if mine is not None and is_safe(mine, found.span, others):
+                self._change(peer, moving_to=found.span)
+                self._after_pause(self._drain, peer, found.soon)
+                return
+        self._check_later(peer, found.soon)
+
+    def _outlook(self, peer: Peer, reading: Reading) -> Outlook:
+        return outlook(
+            Placed(peer.peer_id, peer.record.span, self._measured(peer)),
+            [other for other in reading.placed if other.peer_id != peer.peer_id],
+            peer.swarm.n_blocks,
+            peer.swarm.cuts,
             peer.machine.num_blocks,
             self.policy,
             rng=self.rng,
             settled=self.now_s - peer.came_s >= self.policy.min_stay_s,
         )
-        if found.span is None:
-            self._check_later(peer, found.soon)
-        else:
-            self._move(peer, found.span, found.soon)
 
-    def _move(self, peer: Peer, target: Span, gap: bool) -> None:
+    def _drain(self, peer: Peer, fills: bool) -> None:
+        """The claim is known: does it still hold?"""
+        if not peer.serves or peer.record.moving_to is None:
+            return
+        if not self._may_go(peer):
+            self._change(peer, moving_to=None)
+            self._check_later(peer)
+            return
+        self.filled_twice += self.counting and fills and self._is_filled_already(peer, peer.record.moving_to)
+        self._change(peer, state="draining")
+        self._stop_serving(peer, told=True)
+        self.at(self.now_s + self.scenario.drain_s, self._load, peer, fills)
+
+    def _load(self, peer: Peer, fills: bool) -> None:
+        target = peer.record.moving_to
+        if not peer.alive or target is None:
+            return
+        if not self._may_go(peer):
+            self._online(peer, peer.record.span)
+            return
         self.moves += self.counting
-        self.moves_for_replicas += self.counting and gap
+        self.moves_for_replicas += self.counting and fills
         kept = peer.record.span.overlap(target)
         missing = len(target) - (len(kept) if kept else 0)
-        self.filled_twice += self.counting and gap and self._is_filled_already(peer, target)
-        peer.record = replace(peer.record, state="draining", moving_to=target)
-        self._announce(peer)
-        self._stop_serving(peer, told=True)
-        load_s = missing * peer.machine.load_block_s
-        self.at(self.now_s + self.scenario.drain_s + load_s, self._online_again, peer, target)
+        self._change(peer, span=target, moving_to=None, state="joining")
+        self.at(self.now_s + missing * peer.machine.load_block_s, self._online, peer, target)
 
-    def _online_again(self, peer: Peer, target: Span) -> None:
-        if peer.record.moving_to == target:
-            self._online(peer, target)
+    def _may_go(self, peer: Peer) -> bool:
+        mine, others = peer.swarm.read_anew(self.now_s).mine_and_others(peer.peer_id)
+        target = peer.record.moving_to
+        return mine is not None and target is not None and mine.moving_to == target and may_go(mine, target, others)
 
     def _is_filled_already(self, mover: Peer, target: Span) -> bool:
-        """Have peers whose claims `mover` has not seen yet given each block of `target` all it lacks, in truth?"""
+        """Would the blocks lack no more replicas if `mover` stayed, with what others, in truth, are about to load?"""
         others = []
         for peer in mover.swarm.peers.values():
-            if peer is not mover and (peer.record.state != "draining" or peer.record.moving_to):
+            if peer is not mover and not peer.leaving:
                 others.append(Placed(peer.peer_id, peer.record.moving_to or peer.record.span, 1.0))
         stays = Placed(mover.peer_id, mover.record.span, 1.0)
         goes = Placed(mover.peer_id, target, 1.0)
@@ -377,6 +456,11 @@ class World:
         return lack(n_blocks, (*others, goes)) >= lack(n_blocks, (*others, stays))
 
     # -- announcing ---------------------------------------------------------------------------------------------------
+
+    def _change(self, peer: Peer, **changes: Any) -> None:
+        """Another record, announced at once."""
+        peer.record = replace(peer.record, **changes)
+        self._announce(peer)
 
     def _announce(self, peer: Peer) -> None:
         """Something changed that all should know."""
@@ -396,15 +480,12 @@ class World:
         )
         peer.swarm.publish(peer.record, self.now_s)
 
-    def _heartbeat_later(self, peer: Peer) -> None:
-        self.at(self.now_s + DHT.announce_every_s, self._heartbeat, peer)
-
     def _heartbeat(self, peer: Peer) -> None:
         if peer.alive:
             if self.now_s >= peer.ping_at_s:
                 self._ping(peer)
             self._stamp(peer)
-            self._heartbeat_later(peer)
+            self.at(self.now_s + DHT.announce_every_s, self._heartbeat, peer)
 
     def _ping(self, peer: Peer) -> None:
         """Measure the round trips to likely next peers, as `peer.neighbours.Neighbours` does."""
@@ -421,15 +502,15 @@ class World:
         peer.record = replace(peer.record, rtts_ms=tuple((peer_id, ms) for ms, peer_id in rtts))
 
     def _news(self, swarm: Swarm) -> None:
-        """Who will serve what has changed: peers see it at their next read, and look again if blocks lack replicas."""
+        """Who will serve what has changed: peers see it at their next read, and those who could help look again."""
         for phase in range(self.scenario.phases):
             self.at(swarm.next_read_s(self.now_s, phase), self._look, swarm, phase)
 
     def _look(self, swarm: Swarm, phase: int) -> None:
-        if lacking(swarm.n_blocks, swarm.read(self.now_s, phase).placed):
-            for peer in swarm.peers.values():
-                if peer.phase == phase and peer.serves:
-                    self._check_later(peer, gap=True)
+        helpers = swarm.read(self.now_s, phase).helpers
+        for peer in swarm.peers.values() if helpers else ():
+            if peer.phase == phase and peer.serves and peer.peer_id in helpers:
+                self._check_later(peer, gap=True)
 
     def _measured(self, peer: Peer) -> float:
         return peer.machine.blocks_per_s * max(0.1, 1 + self.rng.gauss(0, self.scenario.noise))
