@@ -33,8 +33,6 @@ from protocol.span import Span, missing_spans
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TOKENS = 512  # rows x tokens of one replayed step
-
 
 class Peers(Protocol):
     """What a session needs of the swarm."""
@@ -384,7 +382,7 @@ class OpenChain:
             self._route(before, after, next_step)
         self._route(self.hops[-1], None, step_id)
         self.is_whole = True
-        for entry in log.since(lacks[0], REPLAY_TOKENS):
+        for entry in log.since(lacks[0]):
             if entry.step_id != step_id:
                 self._stats.replayed_tokens += entry.rows * entry.tokens
             await self.send(self.hops[0], entry.step(self.epoch))

@@ -25,8 +25,6 @@ from protocol.messages import Failure, Route, StepResult
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again to a new peer
-
 
 class ReplyStream:
     """What goes back to the client of one `Infer`; replies of several messages are not mixed.
@@ -137,7 +135,7 @@ class Pump:
         if latest.step_id == session.sent and session.running is not None and session.running.done():
             return [latest]
         # The outputs belong to the compute thread.
-        return await self._compute.run(session.outputs.since, session.sent, REPLAY_TOKENS)
+        return await self._compute.run(session.outputs.since, session.sent)
 
     async def _hand_on_one(self, output: Entry, route: Route) -> None:
         session = self._session
