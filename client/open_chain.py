@@ -275,10 +275,10 @@ class OpenChain:
                 opened = await self._open(trial)
             except (BlocksMissing, ChainBroken) as broken:
                 failure = broken if isinstance(broken, BlocksMissing) else self.give_up(broken.losses, trial)
-                if failure.message != said:
-                    said = failure.message
-                    self._on_event(f"waiting: {said}")
                 if trial.exhausted:
+                    if failure.message != said:
+                        said = failure.message
+                        self._on_event(f"waiting: {said}")
                     await self._peers.refresh()
                 await trial.again(failure)
                 continue
