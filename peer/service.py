@@ -169,10 +169,13 @@ class PeerService(pb_grpc.PeerServicer):
         if not isinstance(step, Step):
             return
         del arriving[message.edge]
-        session = self._sessions.by_edge(message.edge)
-        if step.epoch != session.epoch:
+        try:
+            session = self._sessions.by_edge(message.edge)  # it may have ended, or moved on, while the step arrived
+            if step.epoch != session.epoch:
+                raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
+        except StaleEpoch:
             half.release()
-            raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
+            raise
         self.pushed += 1
         self.enqueue(session, step, half.hand_over(), pushed=True)
 
