@@ -103,7 +103,7 @@ class Session:
 
     def fall_back(self, why: str) -> None:
         """The next peer could not be told: outputs from `sent` on go to the client, which finds another way."""
-        self.undelivered = why
+        self.undelivered = why or "the next peer does not say why"
         self._hand_on_again()
 
     def _hand_on_again(self) -> None:
