@@ -8,6 +8,7 @@ One task per stream of a client, so that a session's steps and outputs never ove
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
@@ -106,14 +107,23 @@ class Pump:
             )
 
     async def _hand_on(self) -> None:
-        """Hands on the outputs that the next hop lacks, in order."""
+        """Hands on the outputs that the next hop lacks, in order. Ends where they are sent another way meanwhile: then
+        a delivery that says so is in the queue."""
         session = self._session
-        while session.route is not None and (pending := await self._pending()):
-            for output in pending:
-                try:
-                    await self._hand_on_one(output)
-                except Rerouted:
-                    break
+        way, first = session.ways, session.sent
+        if session.route is None:
+            return
+        for output in await self._pending():
+            if session.ways != way:
+                return
+            try:
+                await self._hand_on_one(output)
+            except PeerError as error:  # what was written before may be lost with the stream
+                if session.ways == way:
+                    session.sent = first
+                    session.fall_back(error.message)
+                return
+            if session.ways == way:
                 session.sent = output.step_id + 1
 
     async def _pending(self) -> list[Entry]:
@@ -132,9 +142,7 @@ class Pump:
         step = output.step(session.epoch)
         if route.peer_id and not session.undelivered:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)
-            try:
+            with contextlib.suppress(Rerouted):
                 await session.handing_on
-                return
-            except PeerError as error:
-                session.undelivered = error.message
-        await self._client.send(*result_frames(StepResult(step, session.undelivered)))
+        else:
+            await self._client.send(*result_frames(StepResult(step, session.undelivered)))

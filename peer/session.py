@@ -58,6 +58,7 @@ class Session:
         edge: what the peer before this one shows with each step that it pushes.
         route: where outputs go; None: the client has not said yet, they wait.
         sent: the step after the last one whose output was handed on.
+        ways: how often outputs were sent another way so far: what was begun for an earlier one counts no more.
         deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
         running: the step that is in the compute thread's queue.
         handing_on: the push that is under way.
@@ -75,6 +76,7 @@ class Session:
     broken: bool = False  # dropped, or a step failed half-way: the cache can no longer be trusted
     route: Route | None = None
     sent: int = 0
+    ways: int = 0
     undelivered: str = ""  # why outputs go to the client, where the route says otherwise
     received: int = 0  # the step after the last one that has arrived whole
     arriving_bytes: int = 0  # of steps, so far, those that are not whole included
@@ -107,6 +109,7 @@ class Session:
         self._hand_on_again()
 
     def _hand_on_again(self) -> None:
+        self.ways += 1
         if self.handing_on is not None and not self.handing_on.done():
             self.handing_on.set_exception(Rerouted())
         self.deliveries.put_nowait(None)
@@ -190,6 +193,7 @@ class SessionTable:
         if request.edge:
             self._by_edge[request.edge] = session
         session.epoch, session.route, session.undelivered = request.epoch, None, ""
+        session.ways += 1
         session.attached += 1
         session.last_used_s = now_s
         return session
