@@ -16,7 +16,7 @@ from client.inquest import Report
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import peer_error
-from protocol.errors import PeerError, PeerFull, PeerLost, PotluckError, SessionLost, WireError
+from protocol.errors import BadMessage, PeerError, PeerFull, PeerLost, PotluckError, SessionLost, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, StepResult
@@ -138,7 +138,10 @@ class Hop:
         """How far the session is there; a `PeerLost` if the peer does not say, a `SessionLost` if it knows nothing."""
         try:
             request = pb.ProgressRequest(session_id=self.session_id)
-            return Progress.from_proto(await self._stub.Progress(request, timeout=timeout_s))
+            reply = await self._stub.Progress(request, timeout=timeout_s)
+            if reply is not None:
+                return Progress.from_proto(reply)
+            return PeerLost(f"{self.name} answers in nonsense", peer_id=self.link.peer.peer_id)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return SessionLost("the peer does not hold the session any more", peer_id=self.link.peer.peer_id)
@@ -160,6 +163,8 @@ class Hop:
         try:
             with self._translated(None):
                 while (message := await call.read()) is not grpc.aio.EOF:
+                    if message is None:  # grpc's word for bytes that are no message
+                        raise BadMessage("bytes that are no message")
                     self.bytes_received += message.ByteSize()
                     if (reply := assembler.feed(message)) is not None:
                         self._hear(call, reply)

@@ -156,6 +156,9 @@ class _Link:
         """Refusals; returns when the stream has ended."""
         try:
             while (reply := await call.read()) is not grpc.aio.EOF:
+                if reply is None:  # grpc's word for bytes that are no message
+                    logger.debug("peer %s sends nonsense", self._peer_id[-8:])
+                    return
                 failure = Failure.from_proto(reply.failure)
                 self._refused(reply.edge, failure.error, failure.step_id)
         except grpc.aio.AioRpcError as error:
