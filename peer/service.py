@@ -271,14 +271,13 @@ class _Visit:
         mine = self._session
         if mine is not None and (request.session_id != mine.session_id or not request.resume):
             raise BadMessage("a stream carries one session")
-        session = self._service.sessions.open(request, time.monotonic())
+        session = self._session = self._service.sessions.open(request, time.monotonic())
         if mine is not None:
             session.attached -= 1  # the same stream, a new epoch
         else:
             session.owner, before = self, session.owner
             if before is not None:
                 await before.leave()
-        self._session = session
         if session.running is not None and not session.running.done():
             # From here on, `next_step` is what it is: steps of older epochs that still wait are refused.
             await asyncio.gather(asyncio.wrap_future(session.running), return_exceptions=True)
