@@ -278,9 +278,9 @@ class SessionTable:
                 session.reserved = 0
                 session.broken = True
                 self.journals.forget(session.outputs)
-            while not session.deliveries.empty():
-                delivery = session.deliveries.get_nowait()
-                if delivery is not None:
-                    delivery.release(self.messages)
             session.cache = None
             session.outputs = StepLog(keeps_all=False)
+        while not session.deliveries.empty():  # some may have come after it was dropped
+            delivery = session.deliveries.get_nowait()
+            if delivery is not None:
+                delivery.release(self.messages)
