@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.blame import Blame
 from client.config import ClientConfig
+from client.hop import Heard
 from client.session import Session, SessionSpec
 from peer.host import SpanHost
 from protocol.errors import BlocksMissing
@@ -374,6 +375,46 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
         assert session.stats.relayed == 4
         assert hosts[1].service.pushed == 5
         assert session.stats.reroutes == 0
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+async def test_a_replay_that_the_client_carries(checkpoint: Path, whole: SpanModel) -> None:
+    """Peers that cannot reach each other, and then one of them is lost: what comes is several steps in one."""
+    steps = inputs(6)
+    async with swarm(checkpoint, "0:3", "3:6", "3:6") as (hosts, known, session, _):
+        standby, known.records = known.records[2], known.records[:2]
+        links = hosts[0].service.links
+        assert links is not None
+
+        async def nobody(peer_id: str) -> None:
+            return None
+
+        links._resolve = nobody
+        outputs = await run(session, steps[:4])
+        known.records = [*known.records, standby]
+        await kill(hosts[1])
+        outputs += await run(session, steps[4:], 10)
+        assert session.stats.reroutes == 1
+        assert session.stats.replayed_tokens == 0, "the first peer has not lost anything"
+        assert [link.peer.peer_id for link in session.chain] == [hosts[i].identity.peer_id for i in (0, 2)]
+        assert not session._blame.avoided() & {hosts[i].identity.peer_id for i in (0, 2)}
+    for got, wanted in zip(outputs, reference(whole, steps), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+
+
+async def test_what_a_hop_sent_before_the_chain_changed_is_ignored(checkpoint: Path, whole: SpanModel) -> None:
+    steps = inputs(4)
+    async with swarm(checkpoint, "0:3", "3:6") as (_, _, session, events):
+        outputs = await run(session, steps[:2])
+        for hop in session._hops:
+            hop._call.cancel()  # a new epoch begins
+        outputs += await run(session, steps[2:3], 8)
+        late = replace(entry(torch.ones_like(steps[3]), 9), step_id=3).step(session._epoch - 1)
+        for hop in session._hops:
+            session._inbox.put_nowait(Heard(hop, StepResult(late, "the next peer is full")))
+        outputs += await run(session, steps[3:], 9)
+        assert session.stats.relayed == 0
+        assert not any("go through this client" in event for event in events)
     assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
 
 
