@@ -43,8 +43,8 @@ The seed was {seed}: the same one gives the same figures.
 **What is real.** Peers find their place and move by `peer.placement`, and claim it and make sure of it by
 `peer.claim` and `peer.balance`. What they announce is merged into views by `dht.view`, stamped and expiring as in
 `dht.announcer` and `dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s. Clients
-choose chains by `client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to be
-told everything. Peers publish round trips to those that `peer.neighbours` finds likely to come next.
+choose chains by `client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to
+be told everything. Peers publish round trips to those that `peer.neighbours` finds likely to come next.
 
 **What is simulated.** The clock. {peers} machines with {least_blocks} to {most_blocks} blocks of memory (log-uniform),
 log-normal speed and bandwidth (sigma {speed_spread:g}), and a place on a plane of {world_ms:g} x {world_ms:g} ms. The
@@ -104,8 +104,10 @@ LIMITS: Final = """\
 - Peers load at their line's full speed; a block that was left has to be loaded again.
 - Clients know all round trips exactly. Queues at peers are not simulated: clients are few.
 - Every peer keeps the outputs of a session's steps for its whole length; the time to send them is left out.
-- Some small swarms of unequal peers stay below 95 % of the optimum: two peers would have to move at the same moment,
-  since either alone would leave a block with fewer replicas than the others have. Placement does not do that.
+- The optimum, as placement itself, has every peer take all the blocks it can hold. Shorter spans would sometimes give
+  the weakest block more, and leave fewer replicas.
+- A few small swarms of unequal peers stay below 95 % of the optimum: what is left would not pay the moves, or is not
+  found.
 - In a thin swarm (r = 1 to 3) the weakest block is far below the upper bound, which whole spans cannot reach:
   replicas come first there.
 """
