@@ -42,9 +42,9 @@ The seed was {seed}: the same one gives the same figures.
 
 **What is real.** Peers find their place and move by `peer.placement`, and claim it and make sure of it by
 `peer.claim` and `peer.balance`. What they announce is merged into views by `dht.view`, stamped and expiring as in
-`dht.announcer` and `dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s. Clients
-choose chains by `client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who has to
-be told everything. Peers publish round trips to those that `peer.neighbours` finds likely to come next.
+`dht.announcer` and `dht.config`: every {announce_s:g} s, gone after {expiry_s:g} s, read every {refresh_s:g} s.
+Clients choose chains by `client.chain`, blame by `client.blame`, wait by `client.deadline`; `client.recovery` says who
+has to be told everything. Peers publish round trips to those that `peer.neighbours` finds likely to come next.
 
 **What is simulated.** The clock. {peers} machines with {least_blocks} to {most_blocks} blocks of memory (log-uniform),
 log-normal speed and bandwidth (sigma {speed_spread:g}), and a place on a plane of {world_ms:g} x {world_ms:g} ms. The

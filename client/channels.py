@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from dht.record import PeerRecord
-from protocol.channel import open_channel
+from protocol.channel import has_failed, open_channel
 from protocol.limits import MESSAGE_BYTES
 
 CLOSE_TIMEOUT_S = 5.0
@@ -23,13 +23,16 @@ class Channels:
 
     def __init__(self) -> None:
         self._channels: dict[Key, grpc.aio.Channel] = {}
+        self._failed: list[grpc.aio.Channel] = []  # replaced, and to be closed
 
     def __len__(self) -> int:
         return len(self._channels)
 
     def to(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """The channel to a peer, pinned to the certificate in its record."""
+        """The channel to a peer, pinned to the certificate in its record; a new one, if it could not connect lately."""
         key = _key(peer)
+        if key in self._channels and has_failed(self._channels[key]):
+            self._failed.append(self._channels.pop(key))
         if key not in self._channels:
             self._channels[key] = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
         return self._channels[key]
@@ -49,6 +52,8 @@ class Channels:
     async def forget_all_but(self, peers: Iterable[PeerRecord]) -> None:
         """Closes channels to peers that are gone, which would try to connect for ever. A connected one stays: its peer
         is there, whatever the swarm says."""
+        while self._failed:
+            await self._failed.pop().close(None)
         known = {_key(peer) for peer in peers if peer.addresses}
         for key in self._channels.keys() - known:
             if self._channels[key].get_state() is not grpc.ChannelConnectivity.READY:
@@ -57,7 +62,7 @@ class Channels:
     async def close(self) -> None:
         """Closes all of them; streams that are open end."""
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await asyncio.gather(*(channel.close(None) for channel in self._channels.values()))
+            await asyncio.gather(*(channel.close(None) for channel in [*self._channels.values(), *self._failed]))
 
 
 def _key(peer: PeerRecord) -> Key:

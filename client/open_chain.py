@@ -33,8 +33,6 @@ from protocol.span import Span, missing_spans
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TOKENS = 512  # rows x tokens of one replayed step
-
 
 class Peers(Protocol):
     """What a session needs of the swarm."""
@@ -277,11 +275,12 @@ class OpenChain:
                 opened = await self._open(trial)
             except (BlocksMissing, ChainBroken) as broken:
                 failure = broken if isinstance(broken, BlocksMissing) else self.give_up(broken.losses, trial)
-                if failure.message != said:
-                    said = failure.message
-                    self._on_event(f"waiting: {said}")
-                await trial.patience.after(failure)
-                await self._peers.refresh()
+                if trial.exhausted:
+                    if failure.message != said:
+                        said = failure.message
+                        self._on_event(f"waiting: {said}")
+                    await self._peers.refresh()
+                await trial.again(failure)
                 continue
             renewed = to_renew(opened, step_id, stateless=self._spec.stateless)
             if not renewed:
@@ -307,6 +306,7 @@ class OpenChain:
             links = [self._choose(gap, without=trial.lost) for gap in gaps]
         except BlocksMissing:
             trial.lost.clear()
+            trial.exhausted = True
             links = [self._choose(gap) for gap in gaps]
         for link in itertools.chain(*links):
             self.hops.append(Hop(link, self._peers.channel(link.peer), self._secret, self.inbox))
@@ -382,7 +382,7 @@ class OpenChain:
             self._route(before, after, next_step)
         self._route(self.hops[-1], None, step_id)
         self.is_whole = True
-        for entry in log.since(lacks[0], REPLAY_TOKENS):
+        for entry in log.since(lacks[0]):
             if entry.step_id != step_id:
                 self._stats.replayed_tokens += entry.rows * entry.tokens
             await self.send(self.hops[0], entry.step(self.epoch))

@@ -153,7 +153,8 @@ class RemoteBlocks:
         stats = self.last_stats
         chain = " -> ".join(f"{link.span} at {link.peer.peer_id[-8:]}" for link in self.last_chain) or "no chain"
         per_step_ms = stats.busy_s / max(1, stats.steps) * 1e3
-        return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes"
+        carried = f", {stats.relayed} carried from peer to peer" if stats.relayed else ""
+        return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes{carried}"
 
     def _session(self, cache: RemoteCache, rows: int) -> Session:
         if isinstance(cache.handle, Session):

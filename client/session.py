@@ -109,7 +109,7 @@ class Session:
                     self._times.prior_s = chain.expected_s()
                 result = await self._result(entry, trial)
             except ChainBroken as broken:
-                await trial.patience.after(chain.give_up(broken.losses, trial))
+                await trial.again(chain.give_up(broken.losses, trial))
                 continue
             if not trial.disturbed:
                 self._times.note(entry.tokens, time.monotonic() - started_s)

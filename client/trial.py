@@ -22,8 +22,12 @@ class Patience:
         self._until_s: float | None = None
         self._last_s = 0.0
 
-    async def after(self, failure: PotluckError) -> None:
-        """Returns at once after the first failure, after a pause after later ones; raises `failure` in the end."""
+    async def after(self, failure: PotluckError, *, pause: bool = True) -> None:
+        """Returns at once after the first failure, after a pause after later ones; raises `failure` in the end.
+
+        Args:
+            pause: false where something else can be tried at once.
+        """
         now_s = asyncio.get_running_loop().time()
         is_first = self._until_s is None or now_s - self._last_s > self._wait_s > 0
         self._last_s = now_s
@@ -32,7 +36,8 @@ class Patience:
             return
         if now_s >= self._until_s:
             raise failure
-        await asyncio.sleep(RETRY_PAUSE_S)
+        if pause:
+            await asyncio.sleep(RETRY_PAUSE_S)
 
 
 @dataclass(slots=True)
@@ -43,6 +48,7 @@ class Trial:
         resumed: session ids of the hops that were taken up again: the second loss is final.
         lost: ids of peers that failed in this step: chosen again only where nobody else is left.
         forgot: ids of peers that had lost the session: the second time it is a fault.
+        exhausted: all peers have been tried: time to look for others, and to wait.
         nonsense: how often a peer called what it was sent nonsense: twice is the sender's fault.
         disturbed: its time says nothing of the times to come.
     """
@@ -51,5 +57,11 @@ class Trial:
     resumed: set[bytes] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     forgot: set[str] = field(default_factory=set)
+    exhausted: bool = False
     nonsense: int = 0
     disturbed: bool = False
+
+    async def again(self, failure: PotluckError) -> None:
+        """Returns when the next try may begin; raises `failure` if it has gone on for too long."""
+        pause, self.exhausted = self.exhausted, False
+        await self.patience.after(failure, pause=pause)

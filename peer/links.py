@@ -19,7 +19,7 @@ from dht.background import task_group
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.channel import open_channel, peer_error
+from protocol.channel import connected, open_channel, peer_error
 from protocol.errors import PeerLost, PotluckError
 from protocol.frames import step_frames
 from protocol.limits import MESSAGE_BYTES
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
-CLOSE_TIMEOUT_S = 1.0
 MAX_LINKS = 256
 IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
 
-Resolve = Callable[[str], Awaitable[PeerRecord | None]]
+Resolve = Callable[[str, PeerRecord | None], Awaitable[PeerRecord | None]]
+"""Finds the record of a peer id; another one than the given one, which was of no use, if there is."""
 Refused = Callable[[bytes, PotluckError, int], None]
 
 
@@ -63,30 +63,41 @@ class _Link:
         self._refused = refused
         self._at_hand: _Parcel | None = None
         self._was_reached = False
+        self.ending = self._closing()  # what parcels hear that are left when the link has ended
 
     async def run(self) -> None:
         """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
         fails the parcel at hand, not the link."""
-        while (parcel := await self._next()) is not None:
-            self._at_hand, self._was_reached = parcel, False
+        while await self._pick_up():
+            self._was_reached = False
             try:
                 async with self._connected() as call, task_group() as tasks:
                     hearing = tasks.create_task(self._hear(call))
                     try:
                         while self._at_hand is not None:
                             await self._write(call, self._at_hand)
+                            self._at_hand = None  # a link may rest for long
                             self._at_hand = await self._next_while(hearing)
                     finally:
                         hearing.cancel()
             except PeerLost as error:
+                self.ending = error
                 self._fail(error)
             except Exception:  # whatever the next peer sends must not end this one
                 logger.exception("the stream to peer %s failed", self._peer_id[-8:])
                 self._fail(PeerLost("the stream to the next peer failed", peer_id=self._peer_id))
             finally:
-                self._fail(PeerLost("this peer is closing its streams", peer_id=self._peer_id))
+                self._fail(self.ending)
             if not self._was_reached:
                 return
+            self.ending = self._closing()
+
+    def _closing(self) -> PeerLost:
+        return PeerLost("this peer is closing its streams", peer_id=self._peer_id)
+
+    async def _pick_up(self) -> bool:
+        self._at_hand = await self._next()
+        return self._at_hand is not None
 
     def _fail(self, error: PeerLost) -> None:
         parcel, self._at_hand = self._at_hand, None
@@ -111,26 +122,30 @@ class _Link:
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
-        record = await self._resolve(self._peer_id)
-        if record is None or not record.addresses:
-            raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
-        channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
-        try:
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    await channel.channel_ready()
-            except TimeoutError:
-                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id) from None
+        async with await self._channel() as channel:
             self._was_reached = True
             call = pb_grpc.PeerStub(channel).Push()  # type: ignore[no-untyped-call]  # generated
             try:
                 yield call
             finally:
                 call.cancel()
-        finally:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await channel.close(None)
+
+    async def _channel(self) -> grpc.aio.Channel:
+        """A connected channel. A peer that came back may have another certificate by now: its record is read again."""
+        tried: PeerRecord | None = None
+        while True:
+            record = await self._resolve(self._peer_id, tried)
+            if record is None or not record.addresses:
+                raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
+            if record == tried:
+                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id)
+            channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
+            if await connected(channel, CONNECT_TIMEOUT_S):
+                return channel
+            await channel.close(None)
+            if tried is not None:
+                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id)
+            tried = record
 
     async def _write(self, call: Any, parcel: _Parcel) -> None:
         if parcel.written.done():  # rerouted while it waited
@@ -209,7 +224,7 @@ class Links:
         if peer_id in self._links and self._links[peer_id][0] is link:
             del self._links[peer_id]
         while not link.parcels.empty():
-            link.parcels.get_nowait().fail(PeerLost("this peer is closing its streams", peer_id=peer_id))
+            link.parcels.get_nowait().fail(link.ending)
 
 
 def _seen(written: asyncio.Future[None]) -> None:

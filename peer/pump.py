@@ -25,8 +25,6 @@ from protocol.messages import Failure, Route, StepResult
 
 logger = logging.getLogger(__name__)
 
-REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again to a new peer
-
 
 class ReplyStream:
     """What goes back to the client of one `Infer`; replies of several messages are not mixed.
@@ -116,7 +114,7 @@ class Pump:
         """Hands on the outputs that the next hop lacks, in order. Begins anew whenever the route changes meanwhile."""
         session = self._session
         while (route := session.route) is not None:
-            turn = session.turn
+            turn, first = session.turn, session.sent
             pending = await self._pending()
             if session.turn == turn and not pending:
                 return
@@ -126,6 +124,10 @@ class Pump:
                 try:
                     await self._hand_on_one(output, route)
                 except Rerouted:
+                    break
+                except PeerError as error:
+                    if session.turn == turn:  # what was written before may be lost with the stream
+                        session.fall_back(error.message, sent=first)
                     break
                 if session.turn == turn:
                     session.sent = output.step_id + 1
@@ -137,16 +139,13 @@ class Pump:
         if latest.step_id == session.sent and session.running is not None and session.running.done():
             return [latest]
         # The outputs belong to the compute thread.
-        return await self._compute.run(session.outputs.since, session.sent, REPLAY_TOKENS)
+        return await self._compute.run(session.outputs.since, session.sent)
 
     async def _hand_on_one(self, output: Entry, route: Route) -> None:
         session = self._session
         step = output.step(session.epoch)
         if route.peer_id and not session.undelivered:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)
-            try:
-                await session.handing_on
-                return
-            except PeerError as error:
-                session.undelivered = error.message
-        await self._client.send(*result_frames(StepResult(step, session.undelivered)))
+            await session.handing_on
+        else:
+            await self._client.send(*result_frames(StepResult(step, session.undelivered)))

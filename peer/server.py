@@ -37,7 +37,7 @@ from slicing import ModelSource, Progress, fingerprint, legal_cuts, load_config,
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "potluck-demo"
-LOOK_AGAIN_S = 1.0  # clients can name peers that do not exist
+LOOK_AGAIN_S = 0.2  # between two looks: clients can name peers that do not exist
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,12 @@ async def open_peer(
         yield Peer(node, announcer, standing, found)
 
 
-async def _resolve(reader: SwarmReader, peer_id: str) -> PeerRecord | None:
-    """A peer's verified record; looks again in the swarm if it is not in the view, but not all the time."""
+async def _resolve(reader: SwarmReader, peer_id: str, useless: PeerRecord | None) -> PeerRecord | None:
+    """A peer's verified record. Looks again, but not all the time, if it is not in the view or was of no use."""
     try:
         known = reader.view.peer(peer_id)
-        if known is None and time.time() - reader.view.as_of > LOOK_AGAIN_S:
+        if known in (None, useless):
+            await asyncio.sleep(max(0.0, LOOK_AGAIN_S - abs(time.time() - reader.view.as_of)))
             known = (await reader.refresh()).peer(peer_id)
         return known
     except SwarmNotFound as error:

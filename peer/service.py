@@ -193,7 +193,7 @@ class PeerService(pb_grpc.PeerServicer):
         """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
         for session in self._sessions:
             route, latest = session.route, session.outputs.latest
-            if route is not None and route.edge == edge and not session.undelivered:
+            if route is not None and route.peer_id and route.edge == edge and not session.undelivered:
                 is_latest = latest is not None and latest.step_id == step_id
                 session.fall_back(error.message, sent=step_id if is_latest else route.next_step)
 

@@ -110,7 +110,7 @@ class Session:
 
     def fall_back(self, why: str, sent: int) -> None:
         """The next peer could not be told: outputs from `sent` on go to the client, which finds another way."""
-        self.undelivered, self.sent = why, sent
+        self.undelivered, self.sent = why or "the next peer does not say why", sent
         self.interrupt()
         self.deliveries.put_nowait(None)
 
@@ -266,6 +266,7 @@ class SessionTable:
         session.last_used_s = now_s
         if session.broken or session.cache is None:
             self._drop(session)
+            session.drop_deliveries(self.messages)
 
     def close(self, session: Session) -> None:
         """Frees the session's cache and budget."""

@@ -6,6 +6,7 @@ Fork rule (measured, transport.md section 1): gRPC must never be used in a child
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ RECONNECT_MIN_MS = 100
 RECONNECT_MAX_MS = 2_000
 
 Option = tuple[str, int | str]
+
+_FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
@@ -59,12 +62,32 @@ def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
         ("grpc.min_reconnect_backoff_ms", RECONNECT_MIN_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+        # One that failed waits before it tries again; a peer that came back at the same address must not wait with it.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", 0),  # peers are dialled directly, whatever the environment says of proxies
         ("grpc.enable_retries", 0),  # re-sending is the session's business: it knows which steps were applied
         ("grpc.service_config_disable_resolution", 1),
     ]
     credentials = grpc.ssl_channel_credentials(root_certificates=pem)
     return grpc.aio.secure_channel(f"dns:///{address}", credentials, options=options)
+
+
+async def connected(channel: grpc.aio.Channel, timeout_s: float) -> bool:
+    """Connects, and returns as soon as it is known whether that could be done."""
+    state = channel.get_state(try_to_connect=True)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while state not in (grpc.ChannelConnectivity.READY, *_FAILED):
+                await channel.wait_for_state_change(state)
+                state = channel.get_state(try_to_connect=True)
+    except TimeoutError:
+        return False
+    return state is grpc.ChannelConnectivity.READY
+
+
+def has_failed(channel: grpc.aio.Channel) -> bool:
+    """Could the channel not connect the last time it tried? It would wait before it tries again."""
+    return channel.get_state() in _FAILED
 
 
 def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerError | BadMessage:

@@ -55,7 +55,7 @@ async def open_host(
             del _hosts[host.identity.peer_id]
 
 
-async def find_host(peer_id: str) -> PeerRecord | None:
+async def find_host(peer_id: str, useless: PeerRecord | None = None) -> PeerRecord | None:
     """What hosts know of each other."""
     return record_of(_hosts[peer_id]) if peer_id in _hosts else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 from client.model import SwarmModel, SwarmModelForCausalLM
 from client.swarm import Swarm
 from dht.ports import bind
+from protocol.errors import ConfigError
 from tests.chaos.cases import CODECS, MODEL
 from tests.chaos.faults import THIRDS, Fault
 from tests.e2e.support import answers_at_length
@@ -37,6 +39,9 @@ PREFILL_TOKENS = 32  # so that a prompt travels in some chunks
 
 CLIENT: Mapping[str, Any] = {"wait_s": 2 * START_S}
 """How the client is set, but for the codec."""
+
+
+PORTS = (20_000, 30_000)
 
 
 @dataclass(eq=False)
@@ -236,4 +241,11 @@ def _end(swarm: LocalSwarm) -> None:
 
 
 def _free_port() -> int:
-    return bind("127.0.0.1", 0)
+    """A port that nobody listens at. Not one of those that the system gives to connections: one of these may be gone by
+    the time that a peer has started."""
+    while True:
+        port = random.randrange(*PORTS)
+        try:
+            return bind("127.0.0.1", port)
+        except ConfigError:
+            continue
