@@ -31,7 +31,7 @@ CALM_HOURS: Final = 6.0
 DEFAULT: Final = Scenario()
 QUICK: Final = Scenario(peers=200, hours=3.0)
 """What `make bench` runs."""
-ONE_MODEL: Final = Scenario(peers=400, hours=2.0, replicas=0)
+ONE_MODEL: Final = Scenario(peers=400, hours=1.0, replicas=0.0)
 """A view of many peers of one model takes long to make: these are fewer."""
 
 INTRODUCTION: Final = """\
@@ -52,8 +52,8 @@ time to load, {block_mib:g} MiB per block at {line_mib_per_s:g} MiB/s in the med
 stays for {mean_stay_h:g} h on average (exponential); {silent:.0%} of those that leave say nothing, and half of these do
 not even refuse connections. A stranger with a machine of the same make comes at once; it does not know which place
 became free. A machine that moves has no room for a second span: it drains, loads what it has not, and serves again. For
-r replicas there are so many models of {n_blocks} blocks that memory is enough for r of each block and {spare:.0%} more:
-spans of uneven length never fit without waste.
+r replicas there are so many models of about {n_blocks} blocks that memory is enough for r of each block and {spare:.0%}
+more: spans of uneven length never fit without waste.
 """
 
 COVERAGE: Final = """\
@@ -104,8 +104,10 @@ LIMITS: Final = """\
 - Peers load at their line's full speed; a block that was left has to be loaded again.
 - Clients know all round trips exactly. Queues at peers are not simulated: clients are few.
 - Every peer keeps the outputs of a session's steps for its whole length; the time to send them is left out.
-- Some small swarms of unequal peers stay below 95 % of the optimum: two peers would have to move at the same moment,
-  since either alone would leave a block with fewer replicas than the others have. Placement does not do that.
+- The optimum, as placement itself, has every peer take all the blocks it can hold. Shorter spans would sometimes give
+  the weakest block more, and leave fewer replicas.
+- A few small swarms of unequal peers stay below 95 % of the optimum: what is left would not pay the moves, or is not
+  found.
 - In a thin swarm (r = 1 to 3) the weakest block is far below the upper bound, which whole spans cannot reach:
   replicas come first there.
 """
@@ -248,7 +250,7 @@ def _many(peers: int, n_blocks: int, num_blocks: int) -> Sequence[str]:
     "--replicas", default=DEFAULT.replicas, show_default=True, help="Of each block, as memory allows; 0: one model."
 )
 @click.option("--spare", default=DEFAULT.spare, show_default=True, help="Memory beyond these replicas, as a share.")
-@click.option("--n-blocks", default=DEFAULT.n_blocks, show_default=True, help="Blocks of each model.")
+@click.option("--n-blocks", default=DEFAULT.n_blocks, show_default=True, help="Blocks of each model, about.")
 @click.option("--clients", default=DEFAULT.clients, show_default=True, help="Clients that ask all the time.")
 @click.option("--seed", type=int, help="For the same figures again; a fresh one if not given.")
 @click.option(

@@ -18,7 +18,7 @@ from client.recovery import to_renew
 from client.times import Times
 from protocol.errors import BlocksMissing
 from protocol.messages import Opened
-from protocol.span import Span
+from protocol.span import Span, missing_spans
 
 CONFIG: Final = ClientConfig()
 ANSWER_TOKENS: Final = 200
@@ -77,32 +77,32 @@ class Client:
 
     def _ask(self) -> None:
         self._answers += 1
-        answer = Answer(number=self._number * 1_000_000 + self._answers)
-        self._go_on(answer, Span(0, self._swarm.n_blocks), 0.0)
+        self._go_on(Answer(number=self._number * 1_000_000 + self._answers), 0.0)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
-    def _go_on(self, answer: Answer, lost: Span, lost_s: float) -> None:
-        """Choose peers for the blocks `lost`, and go on; where some have none, wait for them.
+    def _go_on(self, answer: Answer, lost_s: float) -> None:
+        """Choose peers for the blocks that the answer has none for, and go on; wait where there are none to be had.
 
         Args:
-            lost_s: what the failure has cost so far.
+            lost_s: what this interruption has cost so far.
         """
+        kept = [link for link in answer.links if self._answers_now(link)]
+        new: list[Link] = []
         try:
-            links, lost_s = self._living_chain(answer, lost, lost_s)
+            for gap in missing_spans([link.span for link in kept], self._swarm.n_blocks):
+                links, lost_s = self._living_chain(gap, lost_s)
+                new += links
         except BlocksMissing:
-            self._wait(answer, lost, lost_s)
+            self._wait(answer, lost_s)
             return
         if answer.waiting_since_s is not None:
             self._tally.waited_s += self._world.counting * (self._world.now_s - answer.waiting_since_s)
             answer.waiting_since_s = None
-        kept_before = [link for link in answer.links if link.span.stop <= lost.start]
-        kept_after = [link for link in answer.links if link.span.start >= lost.stop]
-        answer.links = kept_before + links + kept_after
-        lost_s += replay_s(answer.links, links, self._swarm, PROMPT_TOKENS + int(answer.tokens))
-        self._start(answer, lost_s)
+        answer.links = sorted(kept + new, key=lambda link: link.span)
+        self._start(answer, lost_s + replay_s(answer.links, new, self._swarm, PROMPT_TOKENS + int(answer.tokens)))
 
-    def _living_chain(self, answer: Answer, wanted: Span, lost_s: float) -> tuple[list[Link], float]:
+    def _living_chain(self, wanted: Span, lost_s: float) -> tuple[list[Link], float]:
         """A chain whose peers all answer; each dead one costs a try, is blamed, and another chain is chosen."""
         while True:
             links = self._choose(wanted)
@@ -136,7 +136,7 @@ class Client:
             return CONFIG.open_timeout_s
         return rtt_ms(self._world.scenario, self._where, self._swarm.where[link.peer.peer_id]) / 1000
 
-    def _wait(self, answer: Answer, lost: Span, lost_s: float) -> None:
+    def _wait(self, answer: Answer, lost_s: float) -> None:
         now_s = self._world.now_s
         if answer.waiting_since_s is None:
             answer.waiting_since_s = now_s
@@ -148,7 +148,7 @@ class Client:
             self._forget(answer)
             self.think()
             return
-        self._world.at(self._swarm.next_read_s(now_s, self._phase), self._go_on, answer, lost, lost_s)
+        self._world.at(self._swarm.next_read_s(now_s, self._phase), self._go_on, answer, lost_s)
 
     # -- an answer's steps --------------------------------------------------------------------------------------------
 
@@ -186,29 +186,25 @@ class Client:
         now_s = self._world.now_s
         if answer.waiting_since_s is not None:
             return
-        span = self._span_of(answer, peer)
         gone_s = max(0.0, now_s - answer.going_since_s)
         answer.tokens = min(ANSWER_TOKENS, answer.tokens + math.floor(gone_s / answer.step_s))
         answer.epoch += 1
         self._forget(answer)
+        answer.links = [link for link in answer.links if link.peer.peer_id != peer.peer_id]
         if told:
             self._tally.handovers += self._world.counting
-            self._go_on(answer, span, 0.0)
+            self._go_on(answer, 0.0)
             return
         self._blame.add(peer.peer_id)
         crashed_s = rtt_ms(self._world.scenario, self._where, self._swarm.where[peer.peer_id]) / 1000
         vanished = peer.peer_id in self._swarm.vanished
         silence_s = StepTimes(answer.step_s).allowance_s(1) + CONFIG.probe_timeout_s
         answer.notice_s = silence_s if vanished else crashed_s
-        self._world.at(now_s + answer.notice_s, self._replace, answer, answer.epoch, span)
+        self._world.at(now_s + answer.notice_s, self._replace, answer, answer.epoch)
 
-    def _replace(self, answer: Answer, epoch: int, span: Span) -> None:
+    def _replace(self, answer: Answer, epoch: int) -> None:
         if answer.epoch == epoch:
-            self._go_on(answer, span, 0.0)
-
-    def _span_of(self, answer: Answer, peer: Peer) -> Span:
-        spans = [link.span for link in answer.links if link.peer.peer_id == peer.peer_id]
-        return Span(min(s.start for s in spans), max(s.stop for s in spans))
+            self._go_on(answer, 0.0)
 
     def _forget(self, answer: Answer) -> None:
         for link in answer.links:

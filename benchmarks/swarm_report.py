@@ -65,6 +65,7 @@ class Figures:
     scenario: Scenario
     seed: int
     models: int
+    n_blocks: int
     memory_replicas: float
     uncovered: float
     any_gap: float
@@ -93,7 +94,7 @@ def simulate(scenario: Scenario, seed: int) -> Figures:
     world.run()
     meters = [swarm.meter for swarm in world.swarms]
     seconds = sum(meter.seconds for meter in meters)
-    block_seconds = seconds * scenario.n_blocks
+    block_seconds = seconds * world.n_blocks
     bins = sorted(set().union(*(meter.bound.sums for meter in meters)))[:-1]
     hours = [index * BIN_S / 3600 - scenario.warm_up_h for index in bins]
 
@@ -107,7 +108,8 @@ def simulate(scenario: Scenario, seed: int) -> Figures:
         scenario=scenario,
         seed=seed,
         models=len(world.swarms),
-        memory_replicas=world.memory_blocks / (len(world.swarms) * scenario.n_blocks),
+        n_blocks=world.n_blocks,
+        memory_replicas=world.memory_blocks / (len(world.swarms) * world.n_blocks),
         uncovered=sum(meter.uncovered_block_s for meter in meters) / block_seconds,
         any_gap=sum(meter.gap_s for meter in meters) / seconds,
         gaps=sum(meter.gaps for meter in meters),
@@ -129,7 +131,7 @@ def swarm_rows(figures: Figures) -> list[Row]:
     """Coverage, moves and throughput, as (what, how much)."""
     per_peer_hour = figures.scenario.peers * figures.scenario.hours
     rows = [
-        ("models x blocks", f"{figures.models} x {figures.scenario.n_blocks}"),
+        ("models x blocks", f"{figures.models} x {figures.n_blocks}"),
         ("replicas that memory allows, on average", f"{figures.memory_replicas:.2f}"),
         ("time a block is uncovered", f"{figures.uncovered:.2e}"),
     ]

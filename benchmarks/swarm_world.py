@@ -164,16 +164,16 @@ class Reading:
 class Swarm:
     """The peers of one model, and what the DHT holds of them."""
 
-    def __init__(self, fingerprint: str, scenario: Scenario, started_s: float) -> None:
+    def __init__(self, fingerprint: str, n_blocks: int, scenario: Scenario, started_s: float) -> None:
         self.fingerprint = fingerprint
-        self.n_blocks = scenario.n_blocks
-        self.cuts = tuple(range(scenario.n_blocks + 1))
+        self.n_blocks = n_blocks
+        self.cuts = tuple(range(n_blocks + 1))
         self.prior_blocks_per_s = scenario.speed_blocks_per_s
         self.peers: dict[str, Peer] = {}
         self.where: dict[str, tuple[float, float]] = {}
         """Of all peers that ever were."""
         self.vanished: set[str] = set()
-        self.meter = Meter(scenario.n_blocks, started_s)
+        self.meter = Meter(n_blocks, started_s)
         self._phases = scenario.phases
         # The last one is of those who read at this very moment.
         self._readings = [Reading(self, Findings(), -math.inf) for _ in range(scenario.phases + 1)]
@@ -230,9 +230,12 @@ class World:
         self.memory_blocks = sum(machine.num_blocks for machine in machines)
         self.mean_load_s = sum(m.num_blocks**2 * m.load_block_s for m in machines) / self.memory_blocks
         """Of a replica of a block: long spans hold more of them, and take longer."""
-        share = scenario.n_blocks * scenario.replicas * (1 + scenario.spare)
-        models = max(1, int(self.memory_blocks / share)) if share else 1
-        self.swarms = [Swarm(f"model-{index}", scenario, scenario.warm_up_h * 3600) for index in range(models)]
+        replicas = scenario.replicas * (1 + scenario.spare)
+        models = max(1, round(self.memory_blocks / (scenario.n_blocks * replicas))) if replicas else 1
+        self.n_blocks = int(self.memory_blocks / (models * replicas)) if replicas else scenario.n_blocks
+        """Of each model: about as many as the scenario says, so that memory is enough for just so many replicas."""
+        started_s = scenario.warm_up_h * 3600
+        self.swarms = [Swarm(f"model-{index}", self.n_blocks, scenario, started_s) for index in range(models)]
         self._start(machines)
 
     def _make_machine(self) -> Machine:

@@ -166,6 +166,11 @@ class Board:
         return float(self._lack(self.replicas).sum())
 
     @property
+    def has_gap(self) -> bool:
+        """Is there a block without any peer?"""
+        return bool((self.replicas == 0).any())
+
+    @property
     def dearth(self) -> float:
         """How badly throughput is distributed: mostly, how weak the weakest blocks are."""
         return float(self._dearth(self.tokens_per_s).sum())
@@ -232,16 +237,21 @@ class Board:
         """
         for _ in range(max_moves):
             moves = self.best_moves(self.rows)
-            worth = np.where(moves.improves & self.serves & self.spares, moves.worth, -np.inf)
-            best = int(worth.argmax())
-            if worth[best] < LEAST_WORTH * self.dearth:
+            able = moves.improves & self.serves & self.spares
+            able &= (moves.lack_gain > 0) | (moves.worth >= LEAST_WORTH * self.dearth)
+            if not able.any():
                 return
+            able &= moves.lack_gain == moves.lack_gain[able].max()
+            best = int(np.where(able, moves.worth, -np.inf).argmax())
             self.move(best, moves.span(best))
 
-    def leads_to(self, aim: Board, first: int) -> bool:
-        """Can all go to where they are in `aim`, one after the other, `first` before them, and no block suffer?
+    def leads_to(self, aim: Board, first: int, *, thin: bool) -> bool:
+        """Can all go to where they are in `aim`, one after the other, `first` before them?
 
-        Meanwhile nobody may leave a block that has no other peer, and no block may come to lack replicas.
+        Nobody may leave a block that has no other peer.
+
+        Args:
+            thin: may blocks come to lack replicas, but the first one, meanwhile?
         """
         now, left = self, [int(row) for row in np.flatnonzero((aim.starts != self.starts) | (aim.stops != self.stops))]
         following = [first]
@@ -250,7 +260,7 @@ class Board:
             for row in following:
                 after = now.copy()
                 after.move(row, aim.span(row))
-                if spares[row] and after.lack <= self.lack:
+                if spares[row] and (thin or after.lack <= self.lack):
                     break
             else:
                 return False

@@ -60,14 +60,13 @@ class MovePolicy:
         check_every_s: mean time between two checks.
         gap_check_every_s: the same while blocks lack a replica.
         jitter: checks come between (1 - jitter) and (1 + jitter) times these.
-        load_cost: how many blocks to load weigh as much as one block that lacks its first replica; only breaks ties.
         stand_in: chance in one check, over all peers together, that one moves whose turn it is not: a peer whose turn
             it is may be pinned to its blocks, or dead.
         max_moves: so many moves are simulated.
     """
 
     gain: float = 0.05
-    gain_if_all_move: float = 0.25
+    gain_if_all_move: float = 0.1
     min_stay_s: float = 900.0
     check_every_s: float = 600.0
     gap_check_every_s: float = 8.0
@@ -217,34 +216,46 @@ def outlook(
     board = Board(n_blocks, (*others, me), legal_cuts)
     row = board.row(me.peer_id)
     board.num_blocks[row] = num_blocks
-    if board.lack and board.lack_gains(np.array([row]))[0][0] > 0:
+    helps = board.lack > 0 and bool(board.lack_gains(np.array([row]))[0][0] > 0)
+    few = len(board.rows) <= FEW_PEERS
+    if helps and (board.has_gap or not few):
         return Outlook(_fill(row, board, policy, rng), soon=True)
-    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
+    if not board.spares[row]:
+        return Outlook(soon=helps)
+    if few and board.lack:
+        span = _level(row, board, policy, settled)
+        return Outlook(span or (_stand_in(row, board, policy, rng) if helps else None), soon=helps or span is not None)
+    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling:
         return Outlook()
     if board.lack and (board.serves & (board.lack_gains(board.rows)[0] > 0)).any():
         return Outlook()
-    return Outlook(_level(row, board, policy))
+    return Outlook(_level(row, board, policy, settled))
 
 
 def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
     """Where the peer of row `me` goes to give blocks a replica they lack: if it is its turn, or in another's stead."""
-    could = 0
-    own: Span | None = None
+    then = board.copy()
     for _ in range(policy.max_moves):
-        gain, meanwhile = board.lack_gains(board.rows)
-        able = board.serves & (gain > 0)
+        gain, meanwhile = then.lack_gains(then.rows)
+        able = then.serves & (gain > 0)
         if not able.any():
             break
-        if own is None:
-            could, own = int(able.sum()), board.best_moves(np.array([me])).span(0)
         value = np.where(able, gain - meanwhile / 4, -np.inf)
         rows = np.flatnonzero(value == value.max())
-        first, span = _first(rows, board.best_moves(rows), board)
+        first, span = _first(rows, then.best_moves(rows), then)
         if first == me:
             return span
-        board.move(first, span)
-    stands_in = rng is not None and rng.random() * max(could, 1) < policy.stand_in
-    return own if stands_in else None
+        then.move(first, span)
+    return _stand_in(me, board, policy, rng)
+
+
+def _stand_in(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
+    """Where `me`, which could give replicas, goes though it is another's turn: rarely, the more of them there are."""
+    gain, _ = board.lack_gains(board.rows)
+    could = int((board.serves & (gain > 0)).sum())
+    if rng is None or rng.random() * max(could, 1) >= policy.stand_in:
+        return None
+    return board.best_moves(np.array([me])).span(0)
 
 
 def _first(rows: Ints, moves: Moves, board: Board) -> tuple[int, Span]:
@@ -261,8 +272,11 @@ def _first(rows: Ints, moves: Moves, board: Board) -> tuple[int, Span]:
     return int(rows[index]), moves.span(index)
 
 
-def _level(me: int, board: Board, policy: MovePolicy) -> Span | None:
-    """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput."""
+def _level(me: int, board: Board, policy: MovePolicy, settled: bool) -> Span | None:
+    """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput.
+
+    Or, in a small swarm, if they give blocks replicas they lack.
+    """
     few = len(board.rows) <= FEW_PEERS
     if not few and not board.is_among_best(me, policy.max_moves):
         return None
@@ -273,9 +287,10 @@ def _level(me: int, board: Board, policy: MovePolicy) -> Span | None:
     for aim in aims:
         aim.settle(policy.max_moves)
     aim = max(aims, key=lambda aim: (-aim.lack, aim.weakest * (1 - TIE)))
-    span = aim.span(me)
     moved = float(((aim.starts != board.starts) | (aim.stops != board.stops)).mean())
     gain = max(policy.gain, policy.gain_if_all_move * moved)
-    if span == board.span(me) or aim.lack > board.lack or aim.weakest < board.weakest * (1 + gain):
+    pays = settled and aim.lack == board.lack and aim.weakest >= board.weakest * (1 + gain)
+    span = aim.span(me)
+    if span == board.span(me) or not (aim.lack < board.lack or pays):
         return None
-    return span if board.leads_to(aim, me) else None
+    return span if board.leads_to(aim, me, thin=few) else None
