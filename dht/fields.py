@@ -45,6 +45,12 @@ class Fields:
             raise BadRecord(f"{name} is none of {', '.join(allowed)}")
         return value
 
+    def flag(self, name: str) -> bool:
+        value = self._get(name)
+        if not isinstance(value, bool):
+            raise BadRecord(f"{name} is neither true nor false")
+        return value
+
     def whole(self, name: str, low: int, high: int) -> int:
         return _whole(self._get(name), name, low, high)
 

@@ -68,6 +68,7 @@ class PeerRecord:
         rtts_ms: round-trip times to likely next peers, (peer id, milliseconds), nearest first.
         moving_to: the span that it will serve next, while it gives up its present one (a claim, so that no two peers
             fill the same gap); None: it stays.
+        pinned: its user named the blocks, so that it never moves.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
         started_at: seconds since 1970.
         sequence: nanosecond of issue, growing.
@@ -88,6 +89,7 @@ class PeerRecord:
     tokens_per_s: float | None = None
     rtts_ms: tuple[tuple[str, float], ...] = ()
     moving_to: Span | None = None
+    pinned: bool = False
     kv_tokens_left: int = 0
     kv_tokens_total: int = 0
     codecs: tuple[str, ...] = ()
@@ -253,6 +255,7 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "tokens_per_s": record.tokens_per_s,
         "rtts_ms": dict(record.rtts_ms),
         "moving_to": [] if record.moving_to is None else [record.moving_to.start, record.moving_to.stop],
+        "pinned": record.pinned,
         "kv_left": record.kv_tokens_left,
         "kv_total": record.kv_tokens_total,
         "codecs": list(record.codecs),
@@ -292,6 +295,7 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         tokens_per_s=fields.number_or_none("tokens_per_s", 0, MAX_TOKENS_PER_S),
         rtts_ms=fields.numbers_by_name("rtts_ms", MAX_RTTS, MAX_PEER_ID_CHARS, MAX_RTT_MS),
         moving_to=_span_or_none(fields, "moving_to", n_blocks),
+        pinned=fields.flag("pinned"),
         kv_tokens_left=fields.whole("kv_left", 0, kv_total),
         kv_tokens_total=kv_total,
         codecs=fields.tokens("codecs", MAX_CODECS, MAX_LABEL_CHARS),

@@ -41,12 +41,14 @@ class Placed:
     Attributes:
         blocks_per_s: block-tokens per second: one token through one block counts one.
         serves: False while it loads: it has claimed its place, but nobody can leave the blocks to it yet.
+        pinned: it never moves.
     """
 
     peer_id: str
     span: Span
     blocks_per_s: float
     serves: bool = True
+    pinned: bool = False
 
     @property
     def tokens_per_s(self) -> float:
@@ -137,6 +139,8 @@ class Board:
         self.stops = np.array([peer.span.stop for peer in ordered], dtype=np.int64)
         self.rates = np.maximum([peer.blocks_per_s for peer in ordered], MIN_BLOCKS_PER_S)
         self.serves = np.array([peer.serves for peer in ordered], dtype=bool)
+        self.free = self.serves & ~np.array([peer.pinned for peer in ordered], dtype=bool)
+        """Who can move."""
         self.num_blocks = self.stops - self.starts
         memory = int(self.num_blocks.sum()) + newcomer_blocks
         wanted = min(REPLICAS_WANTED, max(1, memory // n_blocks))
@@ -182,11 +186,29 @@ class Board:
         return Span(int(self.starts[row]), int(self.stops[row]))
 
     @property
+    def serving(self) -> Ints:
+        """How many peers serve each block already: int64 [n_blocks]."""
+        return _depth(self.starts[self.serves], self.stops[self.serves], self.n_blocks + 1)
+
+    @property
     def spares(self) -> NDArray[np.bool_]:
         """Has each block of a peer another one that serves it already? [peers]"""
-        serving = _depth(self.starts[self.serves], self.stops[self.serves], self.n_blocks + 1)
-        alone = np.concatenate(([0], (serving < 2).cumsum()))
+        alone = np.concatenate(([0], (self.serving < 2).cumsum()))
         return np.asarray(alone[self.stops] == alone[self.starts])
+
+    def can_leave(self, starts: Ints, stops: Ints) -> NDArray[np.bool_]:
+        """May each peer go from where it is to these places, [peers], with nobody worse off?
+
+        Each block that it gives up must have another peer that serves it already. So must those that it keeps, since it
+        does not serve while it moves: unless no answer can be made anyway, because another block has no peer.
+        """
+        if not self.has_gap:
+            return self.spares
+        alone = np.concatenate(([0], (self.serving < 2).cumsum()))
+        kept_starts = np.clip(starts, self.starts, self.stops)
+        kept_stops = np.clip(stops, kept_starts, self.stops)
+        left = alone[self.stops] - alone[kept_stops] + alone[kept_starts] - alone[self.starts]
+        return np.asarray(left == 0)
 
     def move(self, row: int, span: Span) -> None:
         self.starts[row], self.stops[row] = span.start, span.stop
@@ -199,7 +221,7 @@ class Board:
         if not own.improves[0] or own.worth[0] < least:
             return False
         every = self.best_moves(self.rows)
-        return int((every.improves & self.serves & self.spares & (every.worth > own.worth[0])).sum()) < moves
+        return int((every.improves & self.free & self.spares & (every.worth > own.worth[0])).sum()) < moves
 
     def copy(self) -> Board:
         """The same, to be moved about."""
@@ -216,7 +238,7 @@ class Board:
         orders = [np.lexsort((self.rows, -each)), np.lexsort((self.rows, -each, -self.num_blocks))]
         shuffled = np.random.default_rng(len(self.rows))
         orders += [shuffled.permutation(self.rows) for _ in range(RANDOM_ORDERS)]
-        return [order[self.serves[order]] for order in orders]
+        return [order[self.free[order]] for order in orders]
 
     def rebuilt(self, order: Ints) -> Board:
         """As if these came anew in this order, and all others were there before."""
@@ -233,11 +255,11 @@ class Board:
     def settle(self, max_moves: int) -> None:
         """Make the best move of any peer, and then the best one after it, until none is worth much.
 
-        Nobody leaves a block that has no other peer, not even to come back to it.
+        Only those move who can leave (`can_leave`).
         """
         for _ in range(max_moves):
             moves = self.best_moves(self.rows)
-            able = moves.improves & self.serves & self.spares
+            able = moves.improves & self.free & self.can_leave(moves.starts, moves.stops)
             able &= (moves.lack_gain > 0) | (moves.worth >= LEAST_WORTH * self.dearth)
             if not able.any():
                 return
@@ -248,7 +270,7 @@ class Board:
     def leads_to(self, aim: Board, first: int, *, thin: bool) -> bool:
         """Can all go to where they are in `aim`, one after the other, `first` before them?
 
-        Nobody may leave a block that has no other peer.
+        Each of them must be able to leave (`can_leave`) when its turn comes.
 
         Args:
             thin: may blocks come to lack replicas, but the first one, meanwhile?
@@ -256,11 +278,11 @@ class Board:
         now, left = self, [int(row) for row in np.flatnonzero((aim.starts != self.starts) | (aim.stops != self.stops))]
         following = [first]
         while left:
-            spares = now.spares
+            able = now.can_leave(aim.starts, aim.stops)
             for row in following:
                 after = now.copy()
                 after.move(row, aim.span(row))
-                if spares[row] and (thin or after.lack <= self.lack):
+                if able[row] and (thin or after.lack <= self.lack):
                     break
             else:
                 return False

@@ -61,7 +61,7 @@ class MovePolicy:
         gap_check_every_s: the same while blocks lack a replica.
         jitter: checks come between (1 - jitter) and (1 + jitter) times these.
         stand_in: chance in one check, over all peers together, that one moves whose turn it is not: a peer whose turn
-            it is may be pinned to its blocks, or dead.
+            it is may be dead, or unable to load.
         max_moves: so many moves are simulated.
     """
 
@@ -91,7 +91,8 @@ def placed(records: Iterable[PeerRecord], *, prior_blocks_per_s: float) -> tuple
             continue
         span = record.span if record.moving_to is None else record.moving_to
         serves = record.state == "online" and record.moving_to is None
-        found.append(Placed(record.peer_id, span, _blocks_per_s(record, prior_blocks_per_s), serves))
+        rate = _blocks_per_s(record, prior_blocks_per_s)
+        found.append(Placed(record.peer_id, span, rate, serves, record.pinned))
     return tuple(found)
 
 
@@ -157,7 +158,7 @@ def could_help(n_blocks: int, legal_cuts: Sequence[int], peers: Sequence[Placed]
     if not board.lack or not board.peer_ids:
         return frozenset()
     gains, _ = board.lack_gains(board.rows)
-    return frozenset(board.peer_ids[row] for row in np.flatnonzero(board.serves & (gains > 0)))
+    return frozenset(board.peer_ids[row] for row in np.flatnonzero(board.free & (gains > 0)))
 
 
 def may_move(policy: MovePolicy, stayed_s: float, *, gap: bool) -> bool:
@@ -185,8 +186,12 @@ def better_span(
     *,
     rng: random.Random | None = None,
 ) -> Span | None:
-    """Where `me` should move now; None: it stays. See `outlook`."""
-    return outlook(me, others, n_blocks, legal_cuts, num_blocks, policy, rng=rng).span
+    """Where `me` should move now; None: it stays. See `outlook`, which asks how long it has stayed.
+
+    Here that is not known: while blocks lack replicas, it is taken to have come just now.
+    """
+    settled = not lacking(n_blocks, (*others, me))
+    return outlook(me, others, n_blocks, legal_cuts, num_blocks, policy, rng=rng, settled=settled).span
 
 
 def outlook(
@@ -216,20 +221,23 @@ def outlook(
     board = Board(n_blocks, (*others, me), legal_cuts)
     row = board.row(me.peer_id)
     board.num_blocks[row] = num_blocks
-    helps = board.lack > 0 and bool(board.lack_gains(np.array([row]))[0][0] > 0)
     few = len(board.rows) <= FEW_PEERS
-    if helps and (board.has_gap or not few):
-        return Outlook(_fill(row, board, policy, rng), soon=True)
-    if not board.spares[row]:
-        return Outlook(soon=helps)
-    if few and board.lack:
-        span = _level(row, board, policy, settled)
-        return Outlook(span or (_stand_in(row, board, policy, rng) if helps else None), soon=helps or span is not None)
-    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling:
+    if board.lack:
+        helpers = board.free & (board.lack_gains(board.rows)[0] > 0)
+        helps = bool(helpers[row])
+        if board.has_gap or not few:
+            if helps:
+                return Outlook(_fill(row, board, policy, rng), soon=True)
+            if helpers.any():
+                return Outlook()
+        if few:
+            span = _join_in(row, board, policy, settled)
+            if span is None and helps:
+                span = _stand_in(row, board, policy, rng)
+            return Outlook(span, soon=helps or span is not None)
+    if not settled or board.weakest * (1 + policy.gain) >= board.ceiling or not board.spares[row]:
         return Outlook()
-    if board.lack and (board.serves & (board.lack_gains(board.rows)[0] > 0)).any():
-        return Outlook()
-    return Outlook(_level(row, board, policy, settled))
+    return Outlook(_join_in(row, board, policy, settled))
 
 
 def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
@@ -237,7 +245,7 @@ def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) 
     then = board.copy()
     for _ in range(policy.max_moves):
         gain, meanwhile = then.lack_gains(then.rows)
-        able = then.serves & (gain > 0)
+        able = then.free & (gain > 0)
         if not able.any():
             break
         value = np.where(able, gain - meanwhile / 4, -np.inf)
@@ -252,7 +260,7 @@ def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) 
 def _stand_in(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
     """Where `me`, which could give replicas, goes though it is another's turn: rarely, the more of them there are."""
     gain, _ = board.lack_gains(board.rows)
-    could = int((board.serves & (gain > 0)).sum())
+    could = int((board.free & (gain > 0)).sum())
     if rng is None or rng.random() * max(could, 1) >= policy.stand_in:
         return None
     return board.best_moves(np.array([me])).span(0)
@@ -272,8 +280,8 @@ def _first(rows: Ints, moves: Moves, board: Board) -> tuple[int, Span]:
     return int(rows[index]), moves.span(index)
 
 
-def _level(me: int, board: Board, policy: MovePolicy, settled: bool) -> Span | None:
-    """Where `me` goes if the best moves of all, its own among them, clearly raise the weakest block's throughput.
+def _join_in(me: int, board: Board, policy: MovePolicy, settled: bool) -> Span | None:
+    """Where `me` goes in moves of several, if these clearly raise the weakest block's throughput.
 
     Or, in a small swarm, if they give blocks replicas they lack.
     """

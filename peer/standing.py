@@ -52,6 +52,7 @@ class Standing:
             state="joining",
             addresses=(),
             certificate_der=identity.certificate_der,
+            pinned=config.span is not None,
             codecs=names(),
             software=SOFTWARE,
             wire_version=WIRE_VERSION,
