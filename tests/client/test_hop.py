@@ -81,7 +81,7 @@ async def test_nonsense_instead_of_an_answer() -> None:
 async def test_nonsense_in_the_midst_of_a_session() -> None:
     async with hop_to(OPENED, NONSENSE) as (hop, inbox):
         assert await hop.attach(OPENING, TIMEOUT_S, TIMEOUT_S) == Opened(0, 0, 100, "float32")
-        await hop.route(Route(1, 0))
+        hop.route(Route(1, 0))
         heard = await asyncio.wait_for(inbox.get(), TIMEOUT_S / 2)
         assert isinstance(heard.what, PeerLost)
         assert "nonsense" in heard.what.message

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.inquest import Report, Verdict, arriving, judge
+from client.inquest import Report, Verdict, judge, signs_of_life
 from protocol.errors import PeerError, PeerLost, SessionLost
 from protocol.messages import Progress
 
@@ -88,5 +88,11 @@ def test_there_is_one_verdict_and_it_accuses_nobody_who_answers(found: list[Repo
 
 
 def test_bytes_that_arrive_show_that_a_line_is_slow_and_not_cut() -> None:
-    slow = Progress(1, 7, 7, 7, arriving_bytes=1000)
-    assert arriving([DONE, slow, SILENT]) == (0, 1000, -1)
+    stuck, busy = Verdict(stuck=1), Verdict(busy=1)
+    first = [DONE, Progress(1, 7, 7, 7, arriving_bytes=1000, queue=3), SILENT]
+    same = [DONE, Progress(1, 7, 7, 7, arriving_bytes=1000, queue=2), SILENT]
+    moved = [DONE, Progress(1, 7, 7, 7, arriving_bytes=2000, queue=3), SILENT]
+    assert signs_of_life(first, stuck) == signs_of_life(same, stuck), "others' steps say nothing of a line"
+    assert signs_of_life(first, stuck) != signs_of_life(moved, stuck)
+    assert signs_of_life(first, busy) != signs_of_life(same, busy), "a queue that shrinks is a peer at work"
+    assert signs_of_life(first, stuck) != signs_of_life(first, busy)
