@@ -18,8 +18,13 @@ SEED = int(os.environ.get("SIM_SEED", secrets.randbits(32)))
 """Fresh in each run."""
 
 SMALL = Scenario(peers=30, hours=0.5, n_blocks=16, clients=2, warm_up_h=0.25)
-CHANCE = 10.0
-"""A short run of few peers strays that far from its mean; the benchmark runs for longer, and holds a bar of 1.5."""
+UNCOVERED = 0.05
+"""Of the time of a block, at most. A short run of few peers strays far from its mean: one gap of a minute is a tenth of
+that. The benchmark, which runs for longer, compares with the analytic bound."""
+
+
+CALM_MOVES = 0.5
+"""Per peer and hour: so soon after a swarm has come together, a few still move. The benchmark waits for longer."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def test_a_seed_is_a_run(churning: Figures) -> None:
 
 def test_blocks_are_hardly_ever_uncovered_under_churn(churning: Figures) -> None:
     assert churning.leaves > 0, "there was churn"
-    assert churning.uncovered <= CHANCE * churning.bound.uncovered, f"SIM_SEED={SEED}"
+    assert churning.uncovered <= UNCOVERED, f"SIM_SEED={SEED}"
 
 
 def test_answers_go_on_under_churn(churning: Figures) -> None:
@@ -53,7 +58,7 @@ def test_a_calm_swarm_rests() -> None:
     print(f"SIM_SEED={SEED}")
     calm = simulate(replace(SMALL, mean_stay_h=0.0, clients=0, warm_up_h=1.0, hours=2.0), SEED)
     assert calm.uncovered == 0.0
-    assert calm.moves_per_peer_hour <= 0.2, f"SIM_SEED={SEED}"
+    assert calm.moves_per_peer_hour <= CALM_MOVES, f"SIM_SEED={SEED}"
 
 
 def test_a_swarm_that_loses_half_of_its_peers_at_once_serves_all_blocks_again() -> None:
