@@ -85,10 +85,13 @@ class _Link:
                 finally:
                     hearing.cancel()
         except* PotluckError as group:
+            lost = PeerLost(
+                str(group.exceptions[0]), peer_id=self._peer_id
+            )  # without a traceback that knows the parcel
             if self._is_unreachable:
-                self.ending = group.exceptions[0]
+                self.ending = lost
             if parcel is not None:
-                parcel.fail(group.exceptions[0])
+                parcel.fail(lost)
         finally:
             if parcel is not None:
                 parcel.fail(self.ending)

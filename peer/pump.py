@@ -8,7 +8,6 @@ One task per stream of a client, so that a session's steps and outputs never ove
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import Any
@@ -95,8 +94,10 @@ class Pump:
         try:
             cost = await asyncio.wrap_future(session.running)
         except PotluckError:
+            session.running = None  # its traceback knows the session: no cycle is to keep both
             raise
         except Exception as error:
+            session.running = None
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
         session.last_used_s = time.monotonic()
@@ -142,7 +143,11 @@ class Pump:
         step = output.step(session.epoch)
         if route.peer_id and not session.undelivered:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)
-            with contextlib.suppress(Rerouted):
+            try:
                 await session.handing_on
+            except Rerouted:
+                return
+            finally:
+                session.handing_on = None
         else:
             await self._client.send(*result_frames(StepResult(step, session.undelivered)))
