@@ -54,14 +54,9 @@ MESSAGE_MIB, WHOLE_BUDGET_TOKENS = 2, 8192  # one step of so many tokens is as l
 UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping", "/potluck.Peer/Progress")
 INFER, PUSH, PROGRESS = "/potluck.Peer/Infer", "/potluck.Peer/Push", "/potluck.Peer/Progress"
 
-SINCERE_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
-    "MALLOC_ARENA_MAX": "2",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
-}
+SINCERE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_ARENA_MAX": "2"}
 """glibc gives back what is freed, so that memory in use is memory that is held. By default it learns to keep blocks of
-up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round it falls. And torch's oneDNN keeps what
-it made for the last 1024 shapes: every round brings some 2 MiB of new ones, until there are so many."""
+up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round it falls."""
 
 EXPECTED = {
     "silence", "connection ended", "bytes back",  # to bytes on the socket
