@@ -136,6 +136,8 @@ class SpanModel:
         hidden_size: H, the width of hidden states.
         streams: the dimensions of hidden states before rows, tokens and H: none but in gemma3n, which has (4,).
         extras: names of the tensors that `step` needs beside the hidden states.
+        legal_cuts: where a part of the span may begin and end.
+        takes_positions: does the decoder take position ids?
         dtype, device: of the weights, and of the hidden states that `step` takes and gives.
         hidden_dtypes: the same, and float32 where the architecture adds up hidden states in it (mamba, mamba2).
     """
@@ -157,9 +159,10 @@ class SpanModel:
         self.hidden_dtypes = hidden_dtypes(model.config)
         self._has_position_axes = _has_position_axes(model)
         self.device = next(self.blocks[span.start].parameters()).device
-        self._legal = frozenset(legal_cuts(model.config))
+        self.legal_cuts = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
         self._parameters = forward_parameters(self._decoder)
+        self.takes_positions = "position_ids" in self._parameters
         self._cache_name = "cache_params" if "cache_params" in self._parameters else "past_key_values"
         self._embedding_size = stack.embedding_size
         self._positions = _table_of_positions(self._decoder)
@@ -223,26 +226,36 @@ class SpanModel:
             # Not left to the decoder: some (bamba) begin at 0 again, whatever the cache has seen.
             seen = cache.n_tokens if cache is not None else 0
             position_ids = torch.arange(seen, seen + q, device=self.device)[None]
-        if position_ids is not None and "position_ids" in self._parameters:
+        if position_ids is not None and self.takes_positions:
             inputs["position_ids"] = position_ids.to(self.device, torch.long)
         if cache is not None:
             inputs[self._cache_name] = cache
-        hidden = hidden.to(self.device).contiguous()
-        if hidden.data_ptr() % 64:
-            # A tensor cut out of a network buffer can lie anywhere, and kernels round by alignment.
-            hidden = hidden.clone()
         with torch.enable_grad() if grad else torch.inference_mode():
-            # Only shape, dtype and device of this count (masks, rotary positions); the gate puts `hidden` in its place.
-            dummy = torch.zeros((), dtype=self.dtype, device=self.device).expand(batch, q, self._embedding_size)
-            self._pass.begin(part, hidden)
-            try:
-                self._decoder(inputs_embeds=dummy, use_cache=cache is not None, **inputs)
-                output = self._pass.output()
-            finally:
-                self._pass.end()
+            output = self.run_decoder(part, hidden.to(self.device), inputs, use_cache=cache is not None)
         if cache is not None:
             cache.advance(batch, q)
         return output
+
+    def run_decoder(self, part: Span, hidden: Tensor, inputs: Mapping[str, Any], *, use_cache: bool) -> Tensor:
+        """One pass of the architecture's own decoder, of which only the blocks of `part` do anything.
+
+        Args:
+            hidden: [*streams, B, q, H], on the model's device.
+            inputs: the decoder's other arguments.
+        """
+        hidden = hidden.contiguous()
+        if hidden.data_ptr() % 64:
+            # A tensor cut out of a network buffer can lie anywhere, and kernels round by alignment.
+            hidden = hidden.clone()
+        # Only shape, dtype and device of this count (masks, rotary positions); the gate puts `hidden` in its place.
+        shape = (*hidden.shape[-3:-1], self._embedding_size)
+        dummy = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+        self._pass.begin(part, hidden)
+        try:
+            self._decoder(inputs_embeds=dummy, use_cache=use_cache, **inputs)
+            return self._pass.output()
+        finally:
+            self._pass.end()
 
     def copy_blocks(self, span: Span, config: PreTrainedConfig) -> dict[int, nn.Module]:
         """The loaded blocks of `span` as modules for another model, whose configuration they then refer to.
@@ -277,8 +290,8 @@ class SpanModel:
     def _part(self, span: Span | None) -> Span:
         if span is None:
             return self.span
-        if not self.span.covers(span) or span.start not in self._legal or span.stop not in self._legal:
-            raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {sorted(self._legal)}")
+        if not self.span.covers(span) or span.start not in self.legal_cuts or span.stop not in self.legal_cuts:
+            raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {sorted(self.legal_cuts)}")
         return span
 
     def _check(
@@ -323,6 +336,22 @@ class SpanModel:
                 raise BadMessage(f"{name} must be {(batch, q, self.n_blocks)} + one dimension, of {self.dtype}")
             if tensor.shape[3] != text_config(self.config).hidden_size_per_layer_input:
                 raise BadMessage(f"{name} has the wrong width {tensor.shape[3]}")
+
+    def check_stretch(self, part: Span, hidden: Tensor, start: int) -> None:
+        """Raise unless hidden states [1, q, H] can follow `start` tokens in a pass that sessions share.
+
+        Raises:
+            BadMessage: a shape, dtype, span or number of tokens that does not fit.
+        """
+        self._part(part)
+        if hidden.ndim != 3 or hidden.shape[0] != 1 or 0 in hidden.shape or hidden.shape[-1] != self.hidden_size:
+            raise BadMessage(f"hidden states must be [1, tokens, {self.hidden_size}], not {tuple(hidden.shape)}")
+        if hidden.dtype != self.dtype:
+            raise BadMessage(f"hidden states must be {self.dtype}, not {hidden.dtype}")
+        if self._positions is not None and start + hidden.shape[-2] > self._positions[1]:
+            raise BadMessage(
+                f"the model has positions up to {self._positions[1]}, the session would need {start + hidden.shape[-2]}"
+            )
 
     def _check_positions(self, position_ids: Tensor, batch: int, q: int) -> None:
         dims = (2, 3) if self._has_position_axes else (2,)
