@@ -54,6 +54,16 @@ class PeerConfig:
     )
     max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
     max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
+    max_batch: int = field(
+        default=64, metadata={"help": "Sessions whose steps share one pass; 1: each has a pass of its own."}
+    )
+    prefill_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "How much of a pass's time prompts may take while other sessions decode: more, and prompts are read"
+            " sooner; less, and tokens come more evenly."
+        },
+    )
     message_mib: int = field(default=512, metadata={"help": "Memory for steps that arrive, wait or run, in MiB."})
     journal_mib: int = field(
         default=256,
@@ -100,6 +110,7 @@ class PeerConfig:
             "kv_tokens",
             "max_sessions",
             "max_step_tokens",
+            "max_batch",
             "message_mib",
             "journal_mib",
             "session_idle_s",
@@ -109,6 +120,8 @@ class PeerConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+        if not 0 < self.prefill_share < 1:
+            raise ConfigError(f"--prefill-share must be between 0 and 1, not {self.prefill_share}")
         if self.public_name is not None and not 1 <= len(self.public_name) <= 64:
             raise ConfigError("--public-name has 1 to 64 characters")
 

@@ -18,8 +18,10 @@ from peer import memory
 from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
+from peer.engine import Engine
 from peer.links import Resolve, open_links
 from peer.meter import Meter
+from peer.scheduler import Scheduler
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import Session, SessionTable
 from peer.worker import Worker
@@ -29,7 +31,7 @@ from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import SpanCache, SpanModel
+from slicing import RaggedSpan, SpanCache, SpanModel, trouble
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
@@ -74,9 +76,16 @@ class SpanHost:
     """A loaded span, its sessions, its compute thread and its gRPC server. Make one with `open`."""
 
     def __init__(
-        self, model: SpanModel, served: Served, identity: Identity, config: PeerConfig, kv_tokens: int
+        self,
+        model: SpanModel,
+        ragged: RaggedSpan | None,
+        served: Served,
+        identity: Identity,
+        config: PeerConfig,
+        kv_tokens: int,
     ) -> None:
         self.model = model
+        self.batches = ragged is not None
         self.served = served
         self.identity = identity
         self.state: State = "joining"
@@ -87,6 +96,7 @@ class SpanHost:
         self.journals = JournalBudget(config.journal_mib << 20)
         self.sessions = SessionTable(
             model,
+            ragged,
             served.fingerprint,
             served.n_blocks,
             self.budget,
@@ -99,10 +109,10 @@ class SpanHost:
         )
         self._config = config
         self._compute = ComputeThread(config.threads)
-        worker = Worker(model, self.sessions, config.max_step_tokens)
-        self.service = PeerService(
-            self._describe, self.sessions, worker, self._compute, self.meter, self._max_payload_bytes()
-        )
+        worker = Worker(model, ragged, self.sessions, config.max_step_tokens)
+        scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.prefill_share)
+        self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter)
+        self.service = PeerService(self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes())
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -127,14 +137,16 @@ class SpanHost:
             ConfigError: the port is taken, or the address is not this machine's.
         """
         per_token = await asyncio.to_thread(probe_kv_bytes, model)
+        ragged = await asyncio.to_thread(batching, model, config.max_batch)
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
-        host = cls(model, served, identity, config, kv_tokens)
+        host = cls(model, ragged, served, identity, config, kv_tokens)
         try:
             async with open_links(resolve, host.service.refused) as host.service.links:
                 await host._listen(last_port)
                 try:
                     host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
                     async with (
+                        background(host.engine.run(), "engine"),
                         background(host._sweep(), "session-sweeper"),
                         background(host._measure_when_idle(), "idle-measurement"),
                     ):
@@ -204,7 +216,7 @@ class SpanHost:
     async def _measure_when_idle(self) -> None:
         while True:
             await asyncio.sleep(IDLE_LOOK_S)
-            if self.meter.idle_s(time.monotonic()) >= IDLE_S and not self._compute.queued:
+            if self.meter.idle_s(time.monotonic()) >= IDLE_S and not self._busy:
                 self.meter.measured(await self._measure(IDLE_STEPS), time.monotonic())
 
     async def _measure(self, steps: int) -> float:
@@ -212,10 +224,14 @@ class SpanHost:
         cache = self.model.new_cache()
         best_ms = await self._compute.run(_step_ms, self.model, cache)
         for _ in range(steps - 1):
-            if self._compute.queued:
+            if self._busy:
                 break
             best_ms = min(best_ms, await self._compute.run(_step_ms, self.model, cache))
         return best_ms
+
+    @property
+    def _busy(self) -> bool:
+        return self.engine.queued > 0 or self._compute.queued > 0
 
     def _max_payload_bytes(self) -> int:
         bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
@@ -236,7 +252,7 @@ class SpanHost:
             codecs=names(),
             max_session_tokens=self.budget.tokens_total,
             kv_tokens_total=self.budget.tokens_total,
-            kv_tokens_left=self.budget.tokens_left,
+            kv_tokens_left=self.sessions.tokens_left,
             state=self.state,
             max_step_tokens=self._config.max_step_tokens,
         )
@@ -245,6 +261,16 @@ class SpanHost:
 def _is_busy(session: Session) -> bool:
     under_way = (session.running, session.handing_on)
     return not session.deliveries.empty() or any(work is not None and not work.done() for work in under_way)
+
+
+def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
+    """Packs steps of several sessions over the span, where that is wanted, and gives what steps of each alone give."""
+    if max_batch == 1:
+        return None
+    if reason := trouble(model):
+        logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
+        return None
+    return RaggedSpan(model)
 
 
 def probe_kv_bytes(model: SpanModel) -> int:

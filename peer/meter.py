@@ -42,7 +42,7 @@ class Meter:
 
     def __init__(self, n_blocks: int) -> None:
         self.steps = 0
-        self._n_blocks = n_blocks
+        self.n_blocks = n_blocks
         self._step_ms = _Mean()
         self._token_ms = _Mean()
         self._queue_ms = _Mean()
@@ -74,7 +74,7 @@ class Meter:
         self._last_s = self._last_step_s = now_s
         self._queue_ms.add(queue_ms, NEWEST_SHARE)
         if tokens == 1:
-            whole_ms = compute_ms * self._n_blocks / blocks
+            whole_ms = compute_ms * self.n_blocks / blocks
             self._token_ms.add(whole_ms / rows, NEWEST_SHARE)
             if rows == 1:
                 self._step_ms.add(whole_ms, NEWEST_SHARE)

@@ -1,6 +1,6 @@
 """A pump: takes one session's steps in order, has them computed, and hands their outputs on.
 
-    deliveries -> compute thread -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
+    deliveries -> engine -> outputs (kept in the session) -> next peer's `Push`, or the client's `Infer`
 
 One task per stream of a client, so that a session's steps and outputs never overtake each other.
 """
@@ -13,10 +13,9 @@ import time
 from typing import Any
 
 from peer.compute import ComputeThread
+from peer.engine import Engine
 from peer.links import Links
-from peer.meter import Meter
 from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
-from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
 from protocol.frames import result_frames
@@ -56,18 +55,16 @@ class Pump:
         self,
         session: Session,
         sessions: SessionTable,
-        worker: Worker,
+        engine: Engine,
         compute: ComputeThread,
         links: Links,
-        meter: Meter,
         client: ReplyStream,
     ) -> None:
         self._session = session
         self._sessions = sessions
-        self._worker = worker
+        self._engine = engine
         self._compute = compute
         self._links = links
-        self._meter = meter
         self._client = client
 
     async def run(self) -> None:
@@ -95,9 +92,8 @@ class Pump:
         if step.step_id < session.next_step and not delivery.pushed:
             session.sent = min(session.sent, step.step_id)  # the client asks again
         session.last_used_s = time.monotonic()
-        session.running = self._compute.submit(self._worker.execute, session, step, delivery.arrived_s)
         try:
-            cost = await asyncio.wrap_future(session.running)
+            await self._engine.execute(session, delivery)
         except PotluckError:
             session.running = None  # its traceback knows the session: no cycle is to keep both
             raise
@@ -105,12 +101,6 @@ class Pump:
             session.running = None
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
-        session.last_used_s = time.monotonic()
-        output = session.outputs.latest
-        if cost is not None and output is not None:
-            self._meter.note(
-                len(session.span), output.tokens, output.rows, cost.queue_ms, cost.compute_ms, session.last_used_s
-            )
 
     async def _hand_on(self) -> None:
         """Hands on the outputs that the next hop lacks, in order. Begins anew whenever the route changes meanwhile."""

@@ -18,11 +18,10 @@ from google.protobuf.message import DecodeError
 
 from peer.budget import MessageBudget, MessageShare
 from peer.compute import ComputeThread
+from peer.engine import Engine
 from peer.links import Links
-from peer.meter import Meter
 from peer.pump import Pump, ReplyStream
 from peer.session import ClientLeft, Delivery, Session, SessionTable
-from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
@@ -58,7 +57,6 @@ class PeerService(pb_grpc.PeerServicer):
 
     Args:
         describe: makes the current Description.
-        meter: told of each step.
         max_payload_bytes: a larger step is refused by its header.
 
     Attributes:
@@ -71,18 +69,16 @@ class PeerService(pb_grpc.PeerServicer):
         self,
         describe: Callable[[], pb.Description],
         sessions: SessionTable,
-        worker: Worker,
+        engine: Engine,
         compute: ComputeThread,
-        meter: Meter,
         max_payload_bytes: int,
     ) -> None:
         self.links: Links | None = None
         self.begun = self.pushed = self.relayed = 0
         self._describe = describe
         self._sessions = sessions
-        self._worker = worker
+        self._engine = engine
         self._compute = compute
-        self._meter = meter
         self._max_payload_bytes = max_payload_bytes
         self._visits: set[_Visit] = set()
 
@@ -98,9 +94,9 @@ class PeerService(pb_grpc.PeerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a ping carries {PING_BYTES} bytes at most")
         return pb.PingReply(
             payload=request.payload,
-            kv_tokens_left=self._sessions.budget.tokens_left,
+            kv_tokens_left=self._sessions.tokens_left,
             sessions=len(self._sessions),
-            queue=self._compute.queued,
+            queue=self._engine.queued,
             steps_begun=self.begun,
             steps_pushed=self.pushed,
             steps_relayed=self.relayed,
@@ -117,12 +113,12 @@ class PeerService(pb_grpc.PeerServicer):
             next_step=session.next_step,
             sent=session.sent,
             arriving_bytes=session.arriving_bytes,
-            queue=self._compute.queued,
-            expected_ms=self._compute.queued * self._worker.typical_ms,
+            queue=self._engine.queued,
+            expected_ms=self._engine.expected_ms,
         ).to_proto()
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
-        visit = _Visit(self, ReplyStream(context))
+        visit = _Visit(self, ReplyStream(context), context.peer())
         self._visits.add(visit)
         try:
             await visit.run(requests)
@@ -204,7 +200,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     def pump(self, session: Session, client: ReplyStream) -> Pump:
         assert self.links is not None
-        return Pump(session, self._sessions, self._worker, self._compute, self.links, self._meter, client)
+        return Pump(session, self._sessions, self._engine, self._compute, self.links, client)
 
     @property
     def sessions(self) -> SessionTable:
@@ -214,7 +210,7 @@ class PeerService(pb_grpc.PeerServicer):
         return Opened(
             session.next_step,
             session.tokens,
-            self._sessions.budget.tokens_left,
+            self._sessions.tokens_left,
             self._describe().dtype,
             log_whole=session.outputs.keeps_all and session.outputs.whole,
         )
@@ -223,8 +219,9 @@ class PeerService(pb_grpc.PeerServicer):
 class _Visit:
     """One client's `Infer` stream, from its Open to its end."""
 
-    def __init__(self, service: PeerService, client: ReplyStream) -> None:
+    def __init__(self, service: PeerService, client: ReplyStream, connection: str) -> None:
         self.client = client
+        self._connection = connection  # as which the client counts where clients share
         self._service = service
         self._session: Session | None = None
         self._pumping: asyncio.Task[None] | None = None
@@ -277,7 +274,7 @@ class _Visit:
         mine = self._session
         if mine is not None and (request.session_id != mine.session_id or not request.resume):
             raise BadMessage("a stream carries one session")
-        session = self._session = self._service.sessions.open(request, time.monotonic())
+        session = self._session = self._service.sessions.open(request, time.monotonic(), self._connection)
         if mine is not None:
             session.attached -= 1  # the same stream, a new epoch
         else:
@@ -286,7 +283,7 @@ class _Visit:
                 await before.leave()
         if session.running is not None and not session.running.done():
             # From here on, `next_step` is what it is: steps of older epochs that still wait are refused.
-            await asyncio.gather(asyncio.wrap_future(session.running), return_exceptions=True)
+            await asyncio.wait({session.running})
         session.received = session.next_step
         await self.client.send(self._service.opened(session).to_proto())
         if self._pumping is None:

@@ -8,9 +8,9 @@ one lock, held for microseconds, keeps the budget right between them.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,9 +19,11 @@ from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, Sta
 from protocol.journal import Entry, StepLog
 from protocol.messages import HopTrace, Open, Route, Step
 from protocol.span import Span
-from slicing import SpanCache, SpanModel
+from slicing import PAGE_TOKENS, PagedCache, RaggedSpan, SpanCache, SpanModel
 
-RESERVE_TOKENS = 64  # an unannounced session's budget grows by this many tokens per row
+NEWEST_SHARE = 0.05  # of the newest session in what sessions use of what they announce
+WATERMARK = 0.9
+"""Of the budget: above it no session is opened beside others; what is left is for those that there are to grow."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,12 +61,15 @@ class Session:
     the event loop.
 
     Attributes:
+        number: grows with each session that is opened.
+        client: whose it is, for fairness: the connection that opened it.
         edge: what the peer before this one shows with each step that it pushes.
         route: where outputs go; None: the client has not said yet, they wait.
         sent: the step after the last one whose output was handed on.
         deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
         turn: grows whenever what is to be handed on, or where to, changes.
-        running: the step that is in the compute thread's queue.
+        running: the step that waits for the compute thread, or is there.
+        decoded_s: when it last made a decode step.
         handing_on: the push that is under way.
     """
 
@@ -72,9 +77,12 @@ class Session:
     epoch: int
     span: Span
     codec: str
-    cache: SpanCache | None  # None: stateless
+    cache: SpanCache | PagedCache | None  # None: stateless
     outputs: StepLog
+    number: int = 0
+    client: str = ""
     edge: bytes = b""
+    announced: int = 0  # block-tokens that it may come to use, by its client's word; 0: it did not say
     reserved: int = 0  # block-tokens taken from the budget
     next_step: int = 0
     broken: bool = False  # dropped, or a step failed half-way: the cache can no longer be trusted
@@ -85,11 +93,17 @@ class Session:
     received: int = 0  # the step after the last one that has arrived whole
     arriving_bytes: int = 0  # of steps, so far, those that are not whole included
     deliveries: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
-    running: Future[HopTrace | None] | None = None
+    running: asyncio.Future[HopTrace | None] | None = None
     handing_on: asyncio.Future[None] | None = None
     attached: int = 0  # streams that use it now
     owner: Owner | None = None  # the latest of them
     last_used_s: float = 0.0
+    decoded_s: float = -math.inf
+
+    @property
+    def expected(self) -> int:
+        """Block-tokens that it has, or announced."""
+        return max(self.reserved, self.announced)
 
     @property
     def tokens(self) -> int:
@@ -134,6 +148,7 @@ class SessionTable:
 
     Args:
         model: makes the caches.
+        ragged: there if sessions of one row can share passes.
         fingerprint: of the model that is served.
         n_blocks: of that model; sessions that end before the last one keep a journal.
         budget: KV tokens over all sessions.
@@ -146,6 +161,7 @@ class SessionTable:
     """
 
     model: SpanModel
+    ragged: RaggedSpan | None
     fingerprint: str
     n_blocks: int
     budget: KvBudget
@@ -156,7 +172,10 @@ class SessionTable:
     idle_s: float
     resume_s: float
     draining: bool = False
-    ended: int = 0  # sessions that were closed or dropped so far
+    opened: int = 0  # sessions so far
+    ended: int = 0  # of these, closed or dropped
+    preempted: int = 0  # of these, to make room for older ones
+    used_share: float = 1.0  # of what sessions announce, that they come to use
     _sessions: dict[bytes, Session] = field(default_factory=dict)
     _by_edge: dict[bytes, Session] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -182,8 +201,27 @@ class SessionTable:
             raise StaleEpoch("no session takes steps under that token, or no longer")
         return session
 
-    def open(self, request: Open, now_s: float) -> Session:
+    @property
+    def tokens_left(self) -> int:
+        """Tokens per row over the whole span that a new session may hope for."""
+        return max(0, self.budget.tokens_total - self._expected() // len(self.model.span))
+
+    def _expected(self) -> int:
+        """Block-tokens that the sessions will come to use."""
+        return sum(max(s.reserved, int(self.used_share * s.announced)) for s in self._sessions.values())
+
+    def newest(self, after: Session, without: Collection[bytes]) -> Session | None:
+        """The session with room of its own that was opened last, and after `after`; `without` those of these ids."""
+        younger = [
+            s for s in self._sessions.values() if s.number > after.number and s.reserved and s.session_id not in without
+        ]
+        return max(younger, key=lambda session: session.number, default=None)
+
+    def open(self, request: Open, now_s: float, client: str = "") -> Session:
         """The session that `request` opens or resumes, attached to the caller's stream. Outputs wait for a route.
+
+        Args:
+            client: whose it is, for fairness.
 
         Raises:
             WrongModel, StaleEpoch, SessionLost, PeerFull, PeerDraining.
@@ -207,6 +245,7 @@ class SessionTable:
             self._by_edge[request.edge] = session
         session.epoch, session.route, session.undelivered = request.epoch, None, ""
         session.interrupt()
+        session.client = client
         session.attached += 1
         session.last_used_s = now_s
         return session
@@ -225,16 +264,39 @@ class SessionTable:
             raise PeerDraining("this peer is leaving and takes no new sessions")
         if len(self._sessions) >= self.max_sessions:
             raise PeerFull(f"this peer holds {self.max_sessions} sessions already", retry_after_s=RETRY_AFTER_S)
-        cache = None if request.stateless else self.model.new_cache(request.span)
-        reserved = 0 if request.stateless else request.batch * request.max_tokens * len(request.span)
-        with self._lock:
-            self.budget.reserve(reserved)
+        announced = 0 if request.stateless else request.batch * request.max_tokens * len(request.span)
+        self._admit(announced)
         outputs = StepLog(keeps_all=not request.stateless and request.span.stop < self.n_blocks)
+        self.opened += 1
         session = Session(
-            request.session_id, request.epoch, request.span, request.codec, cache, outputs, reserved=reserved
+            request.session_id,
+            request.epoch,
+            request.span,
+            request.codec,
+            self._new_cache(request),
+            outputs,
+            number=self.opened,
+            announced=announced,
         )
         self._sessions[request.session_id] = session
         return session
+
+    def _admit(self, announced: int) -> None:
+        """Raise PeerFull unless the session will probably find room, beside what those that there are will grow to."""
+        total = self.budget.tokens_total * len(self.model.span)
+        wanted = int(self.used_share * announced)
+        if announced > total or (self._sessions and self._expected() + wanted > WATERMARK * total):
+            raise PeerFull(
+                f"this peer's KV budget is used up: {self.tokens_left} of {self.budget.tokens_total} tokens are left",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def _new_cache(self, request: Open) -> SpanCache | PagedCache | None:
+        if request.stateless:
+            return None
+        if self.ragged is None or request.batch > 1:
+            return self.model.new_cache(request.span)
+        return PagedCache(self.model.part(request.span))
 
     def ensure_room(self, session: Session, rows: int, tokens: int) -> None:
         """Makes sure that `rows` x `tokens` are reserved for the session.
@@ -243,15 +305,17 @@ class SessionTable:
             PeerFull: the budget does not allow it; the session stays as it was.
             SessionLost: the session was dropped meanwhile.
         """
-        if rows * tokens * len(session.span) <= session.reserved:
+        if session.cache is None or rows * tokens * len(session.span) <= session.reserved:
             return
-        rounded = -(-tokens // RESERVE_TOKENS) * RESERVE_TOKENS
+        rounded = -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
         wanted = rows * rounded * len(session.span)
         with self._lock:
             if session.broken:
                 raise SessionLost("the session was dropped while its step waited; replay it")
             self.budget.reserve(wanted - session.reserved)
             session.reserved = wanted
+        if isinstance(session.cache, PagedCache):
+            session.cache.reserve(tokens)
 
     def remember(self, session: Session, output: Entry) -> None:
         """Keeps the output of the session's latest step, until the next hop, or a replacement of it, has it."""
@@ -287,6 +351,9 @@ class SessionTable:
             del self._sessions[session.session_id]
             self._by_edge.pop(session.edge, None)
             self.ended += 1
+            if session.announced:
+                share = min(1.0, session.reserved / session.announced)
+                self.used_share += NEWEST_SHARE * (share - self.used_share)
             with self._lock:
                 self.budget.release(session.reserved)
                 session.reserved = 0

@@ -115,7 +115,7 @@ class Standing:
             step_ms=meter.step_ms,
             queue_ms=meter.queue_ms(time.monotonic()),
             tokens_per_s=meter.tokens_per_s,
-            kv_tokens_left=host.budget.tokens_left,
+            kv_tokens_left=host.sessions.tokens_left,
             kv_tokens_total=host.budget.tokens_total,
         )
 

@@ -1,14 +1,14 @@
-"""The step itself: bytes -> tensors -> cache operations -> blocks -> tensors -> bytes. Runs in the compute thread.
+"""The steps themselves: bytes -> tensors -> cache operations -> blocks -> tensors -> bytes.
 
-The one thread is what makes steps idempotent and sessions isolated: a step that is sent again waits for the first to
-end, and then finds its result.
+`admit` looks at a step before it waits, in the event loop; `run` makes one pass, in the compute thread. The one thread
+is what makes steps idempotent and sessions isolated: a step that is sent again finds the result of the first.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from peer.session import Session, SessionTable
+from peer.work import Work, shape_of
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
 from protocol.journal import Entry, Part
 from protocol.limits import MAX_BATCH
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, HopTrace, Step, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
-from slicing import CacheOp, SpanCache, SpanModel
+from slicing import CacheOp, PagedCache, RaggedSpan, SpanCache, SpanModel, Stretch
 from tensor_codecs import codec, dtype_name, dtype_of
 
 logger = logging.getLogger(__name__)
-
-TYPICAL_SHARE = 0.1  # of the newest step in the running mean of steps' times
 
 
 class Worker:
@@ -34,59 +33,34 @@ class Worker:
 
     Args:
         model: the loaded span.
+        ragged: packs steps of several sessions; None: each has a pass of its own.
         sessions: whose budget the steps grow, and whose codecs are taken.
         max_tokens: rows x tokens of one step.
     """
 
-    def __init__(self, model: SpanModel, sessions: SessionTable, max_tokens: int) -> None:
+    def __init__(self, model: SpanModel, ragged: RaggedSpan | None, sessions: SessionTable, max_tokens: int) -> None:
         self._model = model
+        self._ragged = ragged
         self._sessions = sessions
         self._max_tokens = max_tokens
-        self.typical_ms = 0.0  # of one step, lately
         self._inputs = {HIDDEN, ATTENTION_MASK, POSITION_IDS, *model.extras}
         self._leading = tuple(model.example_inputs(1)[0].shape[:-3])  # of hidden states, before rows and tokens
 
-    def execute(self, session: Session, step: Step, arrived_s: float) -> HopTrace | None:
-        """Applies `step` and keeps its output in the session. Returns what it cost; None if it was applied before
-        (law 3): its output is kept, or was taken.
+    # ------------------------------------------------------------------ before it waits: nothing is changed
 
-        Args:
-            arrived_s: `time.perf_counter()` when the step had arrived.
+    def admit(self, session: Session, step: Step) -> bool:
+        """Can the step be computed? False: it was applied before (law 3), its output is kept, or was taken.
 
         Raises:
             StaleEpoch, SessionLost: the session has moved on, or is gone.
-            BadMessage, BadPayload, PeerFull, PeerFault: the step could not be done. If it had begun to change the
-                cache, the session is broken and must be replayed.
+            BadMessage: the step does not fit the session or the model.
         """
-        started_s = time.perf_counter()
         if step.epoch < session.epoch:
             raise StaleEpoch(f"the session is at epoch {session.epoch} already, not {step.epoch}")
         if session.broken:
             raise SessionLost("a step of that session failed before, or it was dropped; replay it")
         if step.step_id < session.next_step:
-            return None
-        inputs = self._checked_inputs(session, step)
-        try:
-            hidden = self._run(session, step, inputs)
-            output = self._onward(session, step, hidden)
-        except BaseException as error:
-            session.broken = True
-            raise _fault(error) from error
-        ended_s = time.perf_counter()
-        cost = HopTrace(
-            start=session.span.start,
-            queue_ms=max(0.0, started_s - arrived_s) * 1e3,
-            compute_ms=(ended_s - started_s) * 1e3,
-            kv_tokens_left=self._sessions.budget.tokens_left,
-        )
-        self.typical_ms += TYPICAL_SHARE * (cost.compute_ms - self.typical_ms)
-        session.next_step = step.step_id + 1
-        self._sessions.remember(session, replace(output, trace=(*step.trace, cost)))
-        return cost
-
-    # ------------------------------------------------------------------ checks: nothing is changed before they pass
-
-    def _checked_inputs(self, session: Session, step: Step) -> dict[str, Tensor]:
+            return False
         cache = session.cache
         if cache is not None and step.position != (held := _tokens_after(cache.n_tokens, step.ops)):
             raise BadMessage(f"the step starts at token {step.position}, the session is at {held}")
@@ -100,7 +74,7 @@ class Worker:
                 f"a step of {rows_x_tokens} tokens; this peer takes 1 to {self._max_tokens}: "
                 "send the prompt in smaller chunks"
             )
-        return self._decode(step)
+        return True
 
     def _check(self, spec: TensorSpec) -> None:
         if spec.name not in self._inputs:
@@ -117,6 +91,65 @@ class Worker:
         if spec.nbytes != expected:
             raise BadMessage(f"tensor {spec.name!r} of shape {spec.shape} has {expected} bytes, not {spec.nbytes}")
 
+    def packs(self, session: Session, step: Step) -> bool:
+        """Can the step share a pass with others? Rows, padding and odd positions need one of their own."""
+        return (
+            isinstance(session.cache, PagedCache)
+            and shape_of(step)[0] == 1
+            and all(spec.name == HIDDEN for spec in step.tensors)
+            and all(PagedCache.takes(_cache_op(op)) for op in step.ops)
+        )
+
+    # ------------------------------------------------------------------ one pass
+
+    def run(self, pieces: Sequence[tuple[Work, int]]) -> None:
+        """Computes so many tokens per row of each work. What is through has a `cost` then, and its session the output;
+        what failed has an `error`. A failure is that of its own step alone (law 7).
+
+        Args:
+            pieces: one that cannot be packed is the only one.
+        """
+        begun = [piece for piece in pieces if self._guarded(piece[0], self._begin, breaks=False)]
+        begun = [piece for piece in begun if self._guarded(piece[0], self._apply_packed)]
+        if any(not work.packs for work, _ in begun):
+            for work, _ in begun:
+                self._guarded(work, self._run_single)
+        elif begun:
+            self._run_packed(begun)
+        for work, _ in begun:
+            if work.error is None and work.computed == work.tokens:
+                self._guarded(work, self._finish)
+
+    def _guarded(self, work: Work, part: Callable[[Work], None], *, breaks: bool = True) -> bool:
+        """Runs a part of a step. `breaks`: where it fails, the cache can no longer be trusted: the session must be
+        replayed."""
+        try:
+            part(work)
+        except BaseException as error:  # noqa: BLE001  # for its own client, and no other
+            work.session.broken = work.session.broken or breaks
+            work.error = _fault(error)
+            return False
+        return True
+
+    def _begin(self, work: Work) -> None:
+        """Is the session as it was when the step came? The first piece makes tensors of bytes, too."""
+        session, step = work.session, work.step
+        if step.epoch < session.epoch:
+            raise StaleEpoch(f"the session is at epoch {session.epoch} already, not {step.epoch}")
+        if session.broken:
+            raise SessionLost("the session was dropped while its step waited; replay it")
+        if not work.began_s:
+            work.began_s = time.perf_counter()
+            work.inputs = self._decode(step)
+            if work.packs and self._ragged is not None:
+                self._ragged.check(self._stretch(work, work.tokens))
+
+    def _apply_packed(self, work: Work) -> None:
+        if work.packs and not work.computed:
+            assert work.session.cache is not None
+            for op in work.step.ops:
+                work.session.cache.apply(_cache_op(op))
+
     def _decode(self, step: Step) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
         for spec, payload in step.parts():
@@ -129,15 +162,39 @@ class Worker:
                 inputs[name] = inputs[name].to(self._model.dtype)
         return inputs
 
-    # ------------------------------------------------------------------ the work
+    def _run_packed(self, pieces: Sequence[tuple[Work, int]]) -> None:
+        assert self._ragged is not None
+        stretches = [self._stretch(work, tokens) for work, tokens in pieces]
+        try:
+            outputs = self._ragged.run(stretches)
+        except Exception as error:
+            if len(pieces) == 1:
+                self._guarded(pieces[0][0], _raiser(error))
+                return
+            logger.exception("a pass of %d steps failed; each is tried alone", len(pieces))
+            for piece in pieces:
+                self._run_packed([piece])
+            return
+        for (work, tokens), output in zip(pieces, outputs, strict=True):
+            work.outputs.append(output)
+            work.computed += tokens
 
-    def _run(self, session: Session, step: Step, inputs: dict[str, Tensor]) -> Tensor:
+    def _stretch(self, work: Work, tokens: int) -> Stretch:
+        assert isinstance(work.session.cache, PagedCache)
+        hidden = work.inputs[HIDDEN].narrow(-2, work.computed, tokens)
+        return Stretch(work.session.cache, hidden, work.step.position + work.computed)
+
+    def _run_single(self, work: Work) -> None:
+        session, inputs = work.session, dict(work.inputs)
+        if isinstance(session.cache, PagedCache):
+            assert self._ragged is not None
+            session.cache = self._ragged.unpacked(session.cache)
         hidden, cache = inputs.pop(HIDDEN), session.cache
         if cache is not None:
-            for op in step.ops:
+            for op in work.step.ops:
                 self._apply(session, cache, op)
             self._sessions.ensure_room(session, hidden.shape[-3], cache.n_tokens + hidden.shape[-2])
-        return self._model.step(
+        output = self._model.step(
             hidden,
             cache,
             span=session.span,
@@ -145,6 +202,8 @@ class Worker:
             position_ids=inputs.pop(POSITION_IDS, None),
             extras=inputs,
         )
+        work.outputs.append(output)
+        work.computed = work.tokens
 
     def _apply(self, session: Session, cache: SpanCache, op: WireOp) -> None:
         if op.kind == "repeat" and cache.batch is not None:  # the only operation that makes a cache larger
@@ -153,6 +212,26 @@ class Worker:
                 raise BadMessage(f"a cache of {rows} rows; {MAX_BATCH} at most")
             self._sessions.ensure_room(session, rows, cache.n_tokens)
         cache.apply(_cache_op(op))
+
+    def _finish(self, work: Work) -> None:
+        """The step is through: keeps its output, counts it as applied."""
+        session, step = work.session, work.step
+        hidden = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs, dim=-2)
+        output = self._onward(session, step, hidden)
+        if work.packs:
+            assert isinstance(session.cache, PagedCache)
+            session.cache.advance(work.tokens)
+        cost = HopTrace(
+            start=session.span.start,
+            queue_ms=max(0.0, work.began_s - work.arrived_s) * 1e3,
+            compute_ms=(time.perf_counter() - work.began_s) * 1e3,
+            kv_tokens_left=self._sessions.tokens_left,
+        )
+        session.next_step = step.step_id + 1
+        self._sessions.remember(session, replace(output, trace=(*step.trace, cost)))
+        work.cost = cost
+        work.inputs.clear()
+        work.outputs.clear()
 
     def _onward(self, session: Session, step: Step, hidden: Tensor) -> Entry:
         """What the next hop is told: the hidden states that came out, with the step's other inputs and operations.
@@ -165,6 +244,13 @@ class Worker:
         else:
             parts += [Part(spec, bytes(data)) for spec, data in step.parts() if spec.name != HIDDEN]
         return Entry(step.position, hidden.shape[-2], hidden.shape[-3], tuple(parts), ops, step.step_id)
+
+
+def _raiser(error: Exception) -> Callable[[Work], None]:
+    def fail(work: Work) -> None:
+        raise error
+
+    return fail
 
 
 def _tokens_after(tokens: int, ops: Iterable[WireOp]) -> int:
@@ -195,9 +281,11 @@ def _cache_op(op: WireOp) -> CacheOp:
 
 
 def _fault(error: BaseException) -> PotluckError:
-    """What a failure in the middle of a step is for the client: the tree's own errors as they are, all else typed."""
+    """What a failure of a step is for the client: the tree's own errors as they are, all else typed. Without its
+    traceback, which knows the step, in a cycle that would keep both."""
     if isinstance(error, PotluckError):
-        return error
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return PeerFull("this peer ran out of memory in the step; the session must be replayed elsewhere")
     logger.error("a step failed", exc_info=error)

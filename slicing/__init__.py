@@ -6,6 +6,7 @@
 | knowing it without its weights | `load_config`, `n_blocks`, `hidden_size`, `kv_values`, `block_bytes` |
 | | `legal_cuts`, `check_span`, `fingerprint` |
 | a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
+| | `RaggedSpan`: steps of many sessions in one pass, `Stretch` and `PagedCache` each; `trouble` says if it is exact |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
 
 Names are imported on first use: what only concerns files and cuts does not wait for torch.
@@ -23,20 +24,27 @@ if TYPE_CHECKING:
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
     from slicing.loading import LoadReport, Progress
+    from slicing.paged import PAGE_TOKENS, PagedCache
+    from slicing.proof import trouble
+    from slicing.ragged import RaggedSpan, Stretch
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, block_bytes, load_span, move_span
 
 __all__ = [
+    "PAGE_TOKENS",
     "CacheOp",
     "Head",
     "LoadReport",
     "ModelSource",
+    "PagedCache",
     "Progress",
+    "RaggedSpan",
     "Remote",
     "RemoteCache",
     "SpanCache",
     "SpanModel",
+    "Stretch",
     "block_bytes",
     "block_digests",
     "check_architecture",
@@ -54,6 +62,7 @@ __all__ = [
     "n_blocks",
     "nearest_spans",
     "resolve",
+    "trouble",
 ]
 
 _HOME = {
@@ -63,6 +72,9 @@ _HOME = {
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),
+    "slicing.paged": ("PAGE_TOKENS", "PagedCache"),
+    "slicing.proof": ("trouble",),
+    "slicing.ragged": ("RaggedSpan", "Stretch"),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),

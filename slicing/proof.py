@@ -63,7 +63,7 @@ def _single(model: SpanModel, part: Span, sequences: list[Tensor]) -> list[Tenso
     outputs = []
     for hidden, prefill in zip(sequences, PREFILLS, strict=True):
         cache = model.new_cache(part)
-        pieces = hidden.split([prefill, *[1] * DECODED], dim=-2)
+        pieces = torch.split(hidden, [prefill, *[1] * DECODED], dim=-2)
         outputs.append(torch.cat([model.step(piece, cache) for piece in pieces], dim=-2))
     return outputs
 

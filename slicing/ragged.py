@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from protocol.errors import BadMessage, ModelError
-from protocol.span import Span
+from protocol.errors import ModelError
 from slicing.cache import SpanCache
 from slicing.config import n_blocks, text_config
 from slicing.paged import PagedCache
@@ -99,7 +98,7 @@ class RaggedSpan:
         positions = torch.cat([torch.arange(s.start, s.start + s.tokens, device=model.device) for s in stretches])
         with torch.inference_mode(), self._packed(stretches):
             output = model.run_decoder(span, hidden, {"position_ids": positions[None]}, use_cache=False)
-        return list(output.split([stretch.tokens for stretch in stretches], dim=-2))
+        return list(torch.split(output, [stretch.tokens for stretch in stretches], dim=-2))
 
     def unpacked(self, cache: PagedCache) -> SpanCache:
         """The same session's cache for steps of its own: of several rows, say, or with padding."""
@@ -108,7 +107,7 @@ class RaggedSpan:
             with torch.inference_mode():
                 for block in range(cache.span.start, cache.span.stop):
                     keys, values = cache.read(block)
-                    single.layers[block].update(keys[None].clone(), values[None].clone())
+                    cast(Any, single.layers[block]).update(keys[None].clone(), values[None].clone())
             single.advance(1, cache.n_tokens)
         return single
 

@@ -181,7 +181,7 @@ class SpanModel:
         Raises:
             BadMessage: the blocks are not all loaded, or the model cannot be cut there.
         """
-        return SpanCache(self.config, self._part(span))
+        return SpanCache(self.config, self.part(span))
 
     def step(
         self,
@@ -216,7 +216,7 @@ class SpanModel:
         Raises:
             BadMessage: a shape, dtype, position or span that does not fit the model or the cache.
         """
-        part = self._part(span if span is not None or cache is None else cache.span)
+        part = self.part(span if span is not None or cache is None else cache.span)
         self._check(hidden, cache, part, attention_mask, position_ids, extras or {}, grad)
         batch, q = hidden.shape[-3], hidden.shape[-2]
         inputs: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in (extras or {}).items()}
@@ -287,11 +287,17 @@ class SpanModel:
             and bool(getattr(text_config(self.config), "hidden_size_per_layer_input", 0))
         )
 
-    def _part(self, span: Span | None) -> Span:
+    def part(self, span: Span | None) -> Span:
+        """The blocks to run; None: all that are loaded.
+
+        Raises:
+            BadMessage: they are not all loaded, or the model cannot be cut there.
+        """
         if span is None:
             return self.span
         if not self.span.covers(span) or span.start not in self.legal_cuts or span.stop not in self.legal_cuts:
-            raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {sorted(self.legal_cuts)}")
+            cuts = sorted(self.legal_cuts)
+            raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {cuts}")
         return span
 
     def _check(
@@ -343,7 +349,7 @@ class SpanModel:
         Raises:
             BadMessage: a shape, dtype, span or number of tokens that does not fit.
         """
-        self._part(part)
+        self.part(part)
         if hidden.ndim != 3 or hidden.shape[0] != 1 or 0 in hidden.shape or hidden.shape[-1] != self.hidden_size:
             raise BadMessage(f"hidden states must be [1, tokens, {self.hidden_size}], not {tuple(hidden.shape)}")
         if hidden.dtype != self.dtype:

@@ -71,7 +71,7 @@ def record_of(host: SpanHost) -> PeerRecord:
         certificate_der=host.identity.certificate_der,
         codecs=names(),
         wire_version=WIRE_VERSION,
-        kv_tokens_left=host.budget.tokens_left,
+        kv_tokens_left=host.sessions.tokens_left,
         kv_tokens_total=host.budget.tokens_total,
     )
 

@@ -1,0 +1,205 @@
+"""What the device computes next: decode steps and pieces of prefills of many sessions, in one pass. Pure: no clock.
+
+Two promises, kept by what a pass may cost:
+
+- **Clients share alike.** With n clients at work, nobody's decode step shares a pass that takes more than n times what
+  it would alone; and whoever was served least is served first. A client with a hundred sessions slows another one down
+  as if it had one.
+- **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
+  time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
+  its speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.mean import smoothed
+from protocol.span import Span
+
+LEAST_PIECE: Final = 8
+"""Tokens of a piece of a prefill, where there is room for any: or else prefills would wait for ever."""
+
+
+FEW_TOKENS: Final = 4
+TOKENS_OF_A_PASS: Final = 16.0
+"""A pass costs about as much as so many tokens more in one, until it is measured."""
+UNKNOWN_MS: Final = 10.0
+LEAST_MS: Final = 0.01
+
+GATHERING: Final = 0.15
+"""Of the time of a pass: so long it may wait for steps of sessions in the middle of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A step that could be computed now.
+
+    Attributes:
+        number: grows with each step that comes.
+        client: whose it is.
+        span: the blocks that it passes.
+        tokens: rows x tokens that are not computed yet.
+        packs: can it share a pass, and be computed in pieces?
+        decodes: does it go on with an answer, so that somebody waits for each token?
+    """
+
+    number: int
+    client: str
+    span: Span
+    tokens: int
+    packs: bool
+    decodes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """So many tokens of the step `number`, its next ones."""
+
+    number: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What passes cost on this device: `pass_ms` each, and `token_ms` for each of their tokens."""
+
+    pass_ms: float
+    token_ms: float
+
+    def of(self, tokens: int) -> float:
+        """Milliseconds of a pass of so many tokens."""
+        return self.pass_ms + tokens * self.token_ms
+
+
+class CostModel:
+    """Learns from passes what the next ones cost. Few tokens tell what a pass costs, many what a token does."""
+
+    def __init__(self) -> None:
+        self._pass_ms: float | None = None
+        self._token_ms: float | None = None
+
+    def note(self, tokens: int, took_ms: float) -> None:
+        """A pass of so many tokens over the whole span took so long."""
+        if tokens <= FEW_TOKENS:
+            self._pass_ms = smoothed(self._pass_ms, max(took_ms - tokens * (self._token_ms or 0.0), 0.0))
+        elif self._pass_ms is not None:
+            self._token_ms = smoothed(self._token_ms, max(took_ms - self._pass_ms, 0.0) / tokens)
+
+    def now(self, step_ms: float | None) -> Costs:
+        """What passes cost. `step_ms`: of one token, by the peer's own measurement; a guess until there are passes."""
+        pass_ms = self._pass_ms if self._pass_ms is not None else step_ms or UNKNOWN_MS
+        token_ms = self._token_ms if self._token_ms is not None else pass_ms / TOKENS_OF_A_PASS
+        return Costs(max(pass_ms, LEAST_MS), max(token_ms, LEAST_MS / TOKENS_OF_A_PASS))
+
+
+class Scheduler:
+    """Chooses passes. Remembers what each client was given, for as long as it has something to wait for.
+
+    Args:
+        max_batch: steps in one pass.
+        max_tokens: of one pass.
+        prefill_share: of the time of a pass, while sessions decode.
+    """
+
+    def __init__(self, max_batch: int, max_tokens: int, prefill_share: float) -> None:
+        self._max_batch = max_batch
+        self._max_tokens = max_tokens
+        self._prefill_share = prefill_share
+        self._served_ms: dict[str, float] = {}  # by client; only differences count
+
+    def step(self, waiting: Sequence[Waiting], costs: Costs, decoding: int) -> tuple[Piece, ...]:
+        """The next pass; empty if nothing waits. A step that cannot be packed has one of its own.
+
+        Args:
+            decoding: sessions that are in the middle of an answer, their steps here or elsewhere in their chains.
+        """
+        self._admit({step.client for step in waiting})
+        line = self._in_turn(waiting)
+        if not line:
+            return ()
+        first = line[0]
+        if not first.packs:
+            pieces = [Piece(first.number, first.tokens)]
+        else:
+            line = [step for step in line if step.packs and step.span == first.span]
+            pieces = self._decodes(line, costs)
+            pieces += self._prefills(line, costs, len(pieces), max(decoding, len(pieces)))
+        self._charge(pieces, waiting, costs)
+        return tuple(pieces)
+
+    def patience_ms(self, present: int, decoding: int, costs: Costs) -> float:
+        """For how long the next pass may wait for more steps. Sessions that decode come back in step with each other;
+        one that is a moment late would have to wait for the others' whole pass, and a pass of its own.
+
+        Args:
+            present: decode steps that wait.
+            decoding: sessions that are in the middle of an answer, their steps here or elsewhere in their chains.
+        """
+        return GATHERING * costs.pass_ms if 0 < present < min(decoding, self._max_batch) else 0.0
+
+    def _decodes(self, line: Iterable[Waiting], costs: Costs) -> list[Piece]:
+        steps = [step for step in line if step.decodes]
+        least: dict[str, int] = {}
+        for step in steps:
+            least[step.client] = min(step.tokens, least.get(step.client, step.tokens))
+        if not steps:
+            return []
+        # A client that is alone shares with nobody.
+        limit_ms = len(least) * costs.of(min(least.values())) if len(least) > 1 else float("inf")
+        chosen: list[Piece] = []
+        tokens = 0
+        for step in steps:
+            after = tokens + step.tokens
+            if chosen and (after > self._max_tokens or costs.of(after) > limit_ms):
+                continue
+            chosen.append(Piece(step.number, step.tokens))
+            tokens = after
+            if len(chosen) == self._max_batch:
+                break
+        return chosen
+
+    def _prefills(self, line: Iterable[Waiting], costs: Costs, decodes: int, decoding: int) -> list[Piece]:
+        room = self._max_tokens - decodes
+        if decoding:
+            share = self._prefill_share
+            room = min(room, max(LEAST_PIECE, int(costs.of(decoding) * share / (1 - share) / costs.token_ms)))
+        chosen: list[Piece] = []
+        for step in line:
+            if step.decodes:
+                continue
+            tokens = min(step.tokens, room)
+            if tokens < 1 or decodes + len(chosen) >= self._max_batch:
+                break
+            chosen.append(Piece(step.number, tokens))
+            room -= tokens
+        return chosen
+
+    # ------------------------------------------------------------------ whose turn it is
+
+    def _admit(self, clients: Collection[str]) -> None:
+        """Who comes, or comes back, has saved up nothing: it begins where the least served one is."""
+        known = {client: ms for client, ms in self._served_ms.items() if client in clients}
+        floor_ms = min(known.values(), default=0.0)
+        self._served_ms = {client: known.get(client, floor_ms) for client in clients}
+
+    def _in_turn(self, waiting: Sequence[Waiting]) -> list[Waiting]:
+        """Steps in the order in which they are due: each client's own as they came, clients by what they were served,
+        and taking turns."""
+        by_client: dict[str, list[Waiting]] = {}
+        for step in sorted(waiting, key=lambda step: step.number):
+            by_client.setdefault(step.client, []).append(step)
+        ranked = [
+            (turn, self._served_ms[client], steps[turn].number, steps[turn])
+            for client, steps in by_client.items()
+            for turn in range(len(steps))
+        ]
+        return [step for *_, step in sorted(ranked, key=lambda rank: rank[:3])]
+
+    def _charge(self, pieces: Iterable[Piece], waiting: Sequence[Waiting], costs: Costs) -> None:
+        clients = {step.number: step.client for step in waiting}
+        chosen = list(pieces)
+        for piece in chosen:
+            self._served_ms[clients[piece.number]] += costs.pass_ms / len(chosen) + piece.tokens * costs.token_ms
