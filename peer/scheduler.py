@@ -12,11 +12,12 @@ Two promises, kept by what a pass may cost:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
-from protocol.mean import smoothed
 from protocol.span import Span
 
 LEAST_PIECE: Final = 8
@@ -26,8 +27,11 @@ LEAST_PIECE: Final = 8
 FEW_TOKENS: Final = 4
 TOKENS_OF_A_PASS: Final = 16.0
 """A pass costs about as much as so many tokens more in one, until it is measured."""
+MOST_TOKENS_OF_A_PASS: Final = 256.0
+"""As many as that on the quickest devices."""
 UNKNOWN_MS: Final = 10.0
 LEAST_MS: Final = 0.01
+REMEMBERED: Final = 16  # passes of each kind
 
 GATHERING: Final = 0.15
 """Of the time of a pass: so long it may wait for steps of sessions in the middle of an answer."""
@@ -75,24 +79,28 @@ class Costs:
 
 
 class CostModel:
-    """Learns from passes what the next ones cost. Few tokens tell what a pass costs, many what a token does."""
+    """Learns from passes what the next ones cost. Few tokens tell what a pass costs, many what a token does.
+
+    Of the last passes of few tokens the quickest one counts, since what delays a pass is not its own; of the others the
+    median.
+    """
 
     def __init__(self) -> None:
-        self._pass_ms: float | None = None
-        self._token_ms: float | None = None
+        self._passes_ms: deque[float] = deque(maxlen=REMEMBERED)
+        self._tokens_ms: deque[float] = deque(maxlen=REMEMBERED)
 
     def note(self, tokens: int, took_ms: float) -> None:
         """A pass of so many tokens over the whole span took so long."""
         if tokens <= FEW_TOKENS:
-            self._pass_ms = smoothed(self._pass_ms, max(took_ms - tokens * (self._token_ms or 0.0), 0.0))
-        elif self._pass_ms is not None:
-            self._token_ms = smoothed(self._token_ms, max(took_ms - self._pass_ms, 0.0) / tokens)
+            self._passes_ms.append(took_ms)
+        elif self._passes_ms:
+            self._tokens_ms.append((took_ms - min(self._passes_ms)) / tokens)
 
     def now(self, step_ms: float | None) -> Costs:
         """What passes cost. `step_ms`: of one token, by the peer's own measurement; a guess until there are passes."""
-        pass_ms = self._pass_ms if self._pass_ms is not None else step_ms or UNKNOWN_MS
-        token_ms = self._token_ms if self._token_ms is not None else pass_ms / TOKENS_OF_A_PASS
-        return Costs(max(pass_ms, LEAST_MS), max(token_ms, LEAST_MS / TOKENS_OF_A_PASS))
+        pass_ms = max(min(self._passes_ms, default=step_ms or UNKNOWN_MS), LEAST_MS)
+        token_ms = median(self._tokens_ms) if self._tokens_ms else pass_ms / TOKENS_OF_A_PASS
+        return Costs(pass_ms, max(token_ms, pass_ms / MOST_TOKENS_OF_A_PASS))
 
 
 class Scheduler:
