@@ -39,6 +39,7 @@ def _peer(peer: PeerRecord) -> dict[str, Any]:
         "blocks": str(peer.span),
         "state": peer.state,
         "dtype": peer.dtype,
+        "unbatched": peer.unbatched,
         "step_ms": peer.step_ms,
         "kv_tokens_left": peer.kv_tokens_left,
         "kv_tokens_total": peer.kv_tokens_total,

@@ -69,6 +69,7 @@ class PeerRecord:
         moving_to: the span that it will serve next, while it gives up its present one (a claim, so that no two peers
             fill the same gap); None: it stays.
         pinned: its user named the blocks, so that it never moves.
+        unbatched: it computes sessions one by one, since its model does not batch, or it was told so.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
         started_at: seconds since 1970.
         sequence: nanosecond of issue, growing.
@@ -90,6 +91,7 @@ class PeerRecord:
     rtts_ms: tuple[tuple[str, float], ...] = ()
     moving_to: Span | None = None
     pinned: bool = False
+    unbatched: bool = False
     kv_tokens_left: int = 0
     kv_tokens_total: int = 0
     codecs: tuple[str, ...] = ()
@@ -256,6 +258,7 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "rtts_ms": dict(record.rtts_ms),
         "moving_to": [] if record.moving_to is None else [record.moving_to.start, record.moving_to.stop],
         "pinned": record.pinned,
+        "unbatched": record.unbatched,
         "kv_left": record.kv_tokens_left,
         "kv_total": record.kv_tokens_total,
         "codecs": list(record.codecs),
@@ -296,6 +299,7 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         rtts_ms=fields.numbers_by_name("rtts_ms", MAX_RTTS, MAX_PEER_ID_CHARS, MAX_RTT_MS),
         moving_to=_span_or_none(fields, "moving_to", n_blocks),
         pinned=fields.flag("pinned"),
+        unbatched=fields.flag("unbatched"),
         kv_tokens_left=fields.whole("kv_left", 0, kv_total),
         kv_tokens_total=kv_total,
         codecs=fields.tokens("codecs", MAX_CODECS, MAX_LABEL_CHARS),

@@ -112,6 +112,7 @@ class Standing:
         host, meter = self.host, self.host.meter
         return replace(
             record,
+            unbatched=not host.batches,
             step_ms=meter.step_ms,
             queue_ms=meter.queue_ms(time.monotonic()),
             tokens_per_s=meter.tokens_per_s,

@@ -75,6 +75,7 @@ def test_what_is_written_is_read(
         queue_ms=number,
         moving_to=None if number is None else Span(0, blocks[0]),
         pinned=number is None,
+        unbatched=number is None,
     )
     assert read(record.encode(identity(0))) == record
 
@@ -129,6 +130,7 @@ def test_a_peer_signs_for_itself_only() -> None:
         peer(rtts_ms=(("Qm1", float("nan")),)),
         peer(moving_to=Span(0, 10**6)),
         peer(pinned=1),
+        peer(unbatched=1),
         peer(kv_tokens_left=-1),
         peer(kv_tokens_left=5000),
         peer(kv_tokens_total=2**60, kv_tokens_left=0),
