@@ -113,8 +113,8 @@ class JournalBudget:
         with self._lock:
             self._logs[id(log)] = log
             while sum(log.nbytes for log in self._logs.values()) > self.bytes_total:
-                largest = max(self._logs.values(), key=lambda log: log.journal.nbytes)
-                if not largest.journal.nbytes:
+                largest = max(self._logs.values(), key=lambda log: log.evictable_bytes)
+                if not largest.evictable_bytes:
                     return  # what is left are latest steps, which the next hops may not have yet
                 largest.evict()
                 self.evicted += 1

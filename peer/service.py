@@ -192,10 +192,10 @@ class PeerService(pb_grpc.PeerServicer):
     def refused(self, edge: bytes, error: PotluckError, step_id: int) -> None:
         """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
         for session in self._sessions:
-            route, latest = session.route, session.outputs.latest
+            route = session.route
             if route is not None and route.peer_id and route.edge == edge and not session.undelivered:
-                is_latest = latest is not None and latest.step_id == step_id
-                session.fall_back(error.message, sent=step_id if is_latest else route.next_step)
+                held = session.outputs.holds(step_id)
+                session.fall_back(error.message, sent=step_id if held else route.next_step)
 
     def drain(self) -> None:
         """Tells all clients that this peer is leaving: they find replacements while it still answers."""
@@ -216,7 +216,7 @@ class PeerService(pb_grpc.PeerServicer):
             session.tokens,
             self._sessions.budget.tokens_left,
             self._describe().dtype,
-            log_whole=session.outputs.keeps_all and session.outputs.whole,
+            kept_from=session.outputs.kept_from,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 from peer.budget import RETRY_AFTER_S, JournalBudget, KvBudget, MessageBudget
 from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
 from protocol.journal import Entry, StepLog
-from protocol.messages import HopTrace, Open, Route, Step
+from protocol.messages import CacheOp, HopTrace, Open, Route, Step
 from protocol.span import Span
 from slicing import SpanCache, SpanModel
 
@@ -95,6 +95,13 @@ class Session:
     def tokens(self) -> int:
         """Tokens per row in the cache."""
         return 0 if self.cache is None else self.cache.n_tokens
+
+    def lacks_before(self, step: Step) -> bool:
+        """Has a step before this one not come, while no other is being computed? Several are on their way at once, and
+        what a stream carried that broke, or what was refused, is missing before those that came after it."""
+        if self.cache is None or step.epoch < self.epoch or self.broken:
+            return False
+        return step.position > tokens_after(self.cache.n_tokens, step.ops)
 
     def reroute(self, route: Route) -> None:
         """Outputs go along `route` from now on, beginning with those that its next hop lacks.
@@ -295,3 +302,13 @@ class SessionTable:
             session.drop_deliveries(self.messages)
             session.cache = None
             session.outputs = StepLog(keeps_all=False)
+
+
+def tokens_after(tokens: int, ops: Iterable[CacheOp]) -> int:
+    """Tokens per row in a cache of `tokens`, once `ops` are applied."""
+    for op in ops:
+        if op.kind == "reset":
+            tokens = 0
+        elif op.kind == "crop":
+            tokens = min(tokens, op.values[0])
+    return tokens

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from peer.session import Session, SessionTable
+from peer.session import Session, SessionTable, tokens_after
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
 from protocol.journal import Entry, Part
 from protocol.limits import MAX_BATCH
@@ -88,7 +87,7 @@ class Worker:
 
     def _checked_inputs(self, session: Session, step: Step) -> dict[str, Tensor]:
         cache = session.cache
-        if cache is not None and step.position != (held := _tokens_after(cache.n_tokens, step.ops)):
+        if cache is not None and step.position != (held := tokens_after(cache.n_tokens, step.ops)):
             raise BadMessage(f"the step starts at token {step.position}, the session is at {held}")
         rows_x_tokens = 0
         for spec in step.tensors:
@@ -165,16 +164,6 @@ class Worker:
         else:
             parts += [Part(spec, bytes(data)) for spec, data in step.parts() if spec.name != HIDDEN]
         return Entry(step.position, hidden.shape[-2], hidden.shape[-3], tuple(parts), ops, step.step_id)
-
-
-def _tokens_after(tokens: int, ops: Iterable[WireOp]) -> int:
-    """Tokens per row in a cache of `tokens`, once `ops` are applied."""
-    for op in ops:
-        if op.kind == "reset":
-            tokens = 0
-        elif op.kind == "crop":
-            tokens = min(tokens, op.values[0])
-    return tokens
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
