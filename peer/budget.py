@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 from protocol.errors import PeerFull
@@ -16,6 +17,7 @@ class MessageBudget:
     def __init__(self, total_bytes: int) -> None:
         self.bytes_total = total_bytes
         self.bytes_left = total_bytes
+        self._freed = asyncio.Event()
 
     def reserve(self, nbytes: int) -> None:
         """Takes `nbytes` of the budget.
@@ -30,7 +32,13 @@ class MessageBudget:
     def release(self, nbytes: int) -> None:
         """Gives `nbytes` back."""
         self.bytes_left += nbytes
+        self._freed.set()
         assert self.bytes_left <= self.bytes_total, "released more than was reserved"
+
+    async def freed(self) -> None:
+        """Returns when bytes have been given back."""
+        self._freed.clear()
+        await self._freed.wait()
 
 
 class MessageShare:

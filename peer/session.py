@@ -178,13 +178,17 @@ class SessionTable:
         """The session of that id, which only its client knows."""
         return self._sessions.get(session_id)
 
+    def at_edge(self, edge: bytes) -> Session | None:
+        """The session into which the holder of the token `edge` may push."""
+        return self._by_edge.get(edge)
+
     def by_edge(self, edge: bytes) -> Session:
-        """The session into which the holder of the token `edge` may push.
+        """As `at_edge`.
 
         Raises:
             StaleEpoch: there is none: the session has moved on, or ended.
         """
-        session = self._by_edge.get(edge)
+        session = self.at_edge(edge)
         if session is None:
             raise StaleEpoch("no session takes steps under that token, or no longer")
         return session

@@ -61,9 +61,10 @@ def test_no_other_chunks_are_clearly_better(tokens: int, rows: int, chain: list[
     assert size * rows <= max(max_tokens, rows)
     scaled = [HopCost(hop.step_ms, rows * hop.token_ms) for hop in chain]
     took_ms = passed_ms(tokens, size, scaled)
-    others = [n for n in (LEAST_TOKENS, 128, 256, 512, 1024) if n * rows <= max_tokens and n // rows >= LEAST_TOKENS]
-    for other in others:
-        assert took_ms <= 1.35 * passed_ms(tokens, other, scaled)
+    for count in range(1, tokens * rows // LEAST_TOKENS + 1):
+        other = -(-tokens // count)
+        if other * rows <= max_tokens:
+            assert took_ms <= 1.25 * passed_ms(tokens, other, scaled)
 
 
 @pytest.mark.parametrize("tokens", [512, 2048])

@@ -1,5 +1,5 @@
-"""The chunks of a prompt on their way through a chain at once: all peers work, and whatever happens to these, or between
-them, the values are those of the unsplit blocks."""
+"""The chunks of a prompt on their way through a chain at once: all peers work, and whatever happens to them, the values
+are those of the unsplit blocks."""
 
 from __future__ import annotations
 
@@ -263,6 +263,22 @@ async def test_a_chunk_is_refused_and_those_after_it_are_not(checkpoint: Path, w
         outputs = await through(session, steps)
         assert session.stats.reroutes == session.stats.replayed_tokens == 0
         assert [served.tokens for host in hosts for served in host.sessions] == [5 * CHUNKS] * 2
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+@pytest.mark.parametrize("tight", [0, 1])
+async def test_a_pipeline_that_fills_a_message_budget_is_held_up(
+    checkpoint: Path, whole: SpanModel, tight: int
+) -> None:
+    """Its own steps give the room back: nothing is refused, and nobody is lost."""
+    steps = chunks()
+    async with swarm(checkpoint, "0:3", "3:6") as (hosts, _, session, events):
+        messages = hosts[tight].messages
+        messages.bytes_total = messages.bytes_left = 5 * steps[0].nbytes // 2
+        slowly(hosts[tight], lambda tokens: 0.02)
+        outputs = await through(session, steps)
+        assert events == []
+        assert session.stats.reroutes == session.stats.replayed_tokens == session.stats.relayed == 0
     assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
 
 
