@@ -92,7 +92,7 @@ class Pump:
 
     async def _execute(self, delivery: Delivery) -> None:
         session, step = self._session, delivery.step
-        if session.span.start and session.lacks_before(step):
+        if session.lacks_before(step):
             session.received = session.next_step  # who asks where the steps are learns that they have to come again
             if delivery.pushed:
                 return

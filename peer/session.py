@@ -99,7 +99,7 @@ class Session:
     def lacks_before(self, step: Step) -> bool:
         """Has a step before this one not come, while no other is being computed? Several are on their way at once, and
         what a stream carried that broke, or what was refused, is missing before those that came after it."""
-        if self.cache is None or step.epoch < self.epoch or self.broken:
+        if self.cache is None or self.broken or step.epoch < self.epoch or step.step_id <= self.next_step:
             return False
         return step.position > tokens_after(self.cache.n_tokens, step.ops)
 
