@@ -226,8 +226,8 @@ def replay_s(chain: Sequence[Link], new: Sequence[Link], swarm: Swarm, tokens: i
     Each of these computes all tokens so far, one peer after the other, since each needs what the one before it puts
     out. All peers have kept the outputs of their steps, and their lines are no bottleneck.
     """
-    fresh = Opened(next_step=0, tokens=0, kv_tokens_left=0, dtype="float32", log_whole=True)
-    kept = Opened(next_step=tokens, tokens=tokens, kv_tokens_left=0, dtype="float32", log_whole=True)
+    fresh = Opened(next_step=0, tokens=0, kv_tokens_left=0, dtype="float32")
+    kept = Opened(next_step=tokens, tokens=tokens, kv_tokens_left=0, dtype="float32")
     states = [fresh if link in new else kept for link in chain]
     told = {index for index, state in enumerate(states) if state is fresh} | set(to_renew(states, tokens))
     return sum(

@@ -65,7 +65,8 @@ class ClientConfig:
     avoid_s: float = field(default=30.0, metadata={"help": "Seconds that a peer which failed is avoided."})
     refresh_s: float = field(default=15.0, metadata={"help": "Seconds between two looks at who serves what."})
     prefill_tokens: int = field(
-        default=1024, metadata={"help": "A longer prompt travels in chunks of so many tokens (rows x tokens)."}
+        default=1024,
+        metadata={"help": "A prompt travels in chunks of so many tokens (rows x tokens) at most, several at once."},
     )
 
     def __post_init__(self) -> None:

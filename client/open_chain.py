@@ -18,7 +18,10 @@ import grpc
 
 from client.blame import Blame
 from client.chain import Link, choose_chain
+from client.chunks import HopCost
 from client.config import ClientConfig
+from client.costs import HOP_MS, block_times_ms
+from client.deadline import SHARED
 from client.hop import Heard, Hop
 from client.inquest import Report
 from client.recovery import lacking, to_renew
@@ -264,7 +267,8 @@ class OpenChain:
         """Makes the chain whole and sends what the first hop lacks; waits for peers as long as patience lasts.
 
         Args:
-            log: what entered the first block; its latest is the step under way, `step_id`.
+            log: what entered the first block.
+            step_id: the first step whose result the client lacks.
 
         Raises:
             BlocksMissing: named blocks had no peer, or none that answered, for too long.
@@ -385,7 +389,7 @@ class OpenChain:
         self._route(self.hops[-1], None, step_id)
         self.is_whole = True
         for entry in log.since(lacks[0]):
-            if entry.step_id != step_id:
+            if entry.step_id < step_id:
                 self._stats.replayed_tokens += entry.rows * entry.tokens
             await self.send(self.hops[0], entry.step(self.epoch))
 
@@ -408,6 +412,18 @@ class OpenChain:
             total_ms += times.expected_ms(peer.peer_id, blocks, 1) or said_ms
             total_ms += times.rtts_ms.get(peer.peer_id, 0.0)
         return total_ms / 1e3
+
+    def costs(self) -> tuple[HopCost, ...]:
+        """What the hops should take for chunks of a prompt, by what is known of their peers."""
+        times, peers = self._peers.times(), [hop.link.peer for hop in self.hops]
+        costs = []
+        for hop, block_ms in zip(self.hops, block_times_ms(peers, times, 1), strict=True):
+            token_ms = times.of(hop.link.peer.peer_id).token_ms
+            blocks = len(hop.link.span)
+            costs.append(
+                HopCost(HOP_MS + blocks * block_ms, blocks * (block_ms / SHARED if token_ms is None else token_ms))
+            )
+        return tuple(costs)
 
     def note(self, entry: Entry, result: Step) -> None:
         """What the peers said of a step's cost, for routes to come."""

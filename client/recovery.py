@@ -2,14 +2,14 @@
 
 A chain is a row of logs. Each hop keeps the outputs of its steps (`protocol.journal.StepLog`) for the hop after it; the
 client keeps its own inputs for the first hop. A hop needs its predecessor's outputs from its own `next_step` on: 0 for
-a replacement, which is told everything; the step under way for a hop that survived. So recovery is one question per
-edge, asked from the end of the chain: can the hop before it still give what is needed? If not, that hop must be told
-everything itself, and computes it again.
+a replacement, which is told everything; one of the steps on their way for a hop that survived. So recovery is one
+question per edge, asked from the end of the chain: can the hop before it still give what is needed? If not, that hop
+must be told everything itself, and computes it again. With the steps 7 and 8 on their way:
 
              client            p1               p2 (new)           p3
-    has      inputs 0..7       outputs 0..7     nothing            outputs 0..6
-    lacks                      nothing          all                step 7
-    edge           -, nothing  ->    0..7, by push  ->   7, by push  ->   7 to the client
+    has      inputs 0..8       outputs 0..8     nothing            outputs 0..6
+    lacks                      nothing          all                step 7 and on
+    edge           -, nothing  ->    0..8, by push  ->   7, 8, by push  ->   7, 8 to the client
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from protocol.messages import Opened
 
 
 def lacking(state: Opened, step_id: int, *, stateless: bool) -> int:
-    """The first step whose input a hop lacks, when the step under way is `step_id`."""
+    """The first step whose input a hop lacks, when the client lacks the results from `step_id` on."""
     return max(state.next_step, step_id) if stateless else state.next_step
 
 
@@ -29,7 +29,7 @@ def to_renew(states: Sequence[Opened], step_id: int, *, stateless: bool = False)
 
     Args:
         states: of all hops of the chain, in order, new ones among them.
-        step_id: of the step under way; its result is what the client lacks.
+        step_id: the first step whose result the client lacks.
 
     Returns:
         indices of hops, which have no cache any more when this is done; a chain in which there are none can go on.
@@ -41,9 +41,7 @@ def to_renew(states: Sequence[Opened], step_id: int, *, stateless: bool = False)
         lacks = lacking(state, step_id, stateless=stateless)
         # A replay that was broken off is begun again: its parts are joined differently each time.
         half_told = 0 < state.next_step < step_id and not stateless
-        # Outputs before `next_step` must have been kept: the last one always is.
-        kept = wanted >= state.next_step - 1 or (wanted == 0 and state.log_whole)
-        if half_told or not kept:
+        if half_told or wanted < state.kept_from:
             renewed.append(index)
             lacks = 0
         wanted = lacks

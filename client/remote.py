@@ -17,6 +17,7 @@ from torch import Tensor
 
 from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
+from client.chunks import LEAST_TOKENS, HopCost, chunk_tokens
 from client.config import ClientConfig
 from client.open_chain import SessionSpec, SessionStats
 from client.session import Session
@@ -82,18 +83,12 @@ class RemoteBlocks:
         if cache is None:
             return self._run_stateless(whole)
         session = self._session(cache, rows=hidden.shape[-3])
-        start = cache.n_tokens
-        wire_ops = _wire_ops(ops, session, start)
-        outputs: list[Tensor] = []
-        codec_name = session.spec.codec
         try:
-            for offset, chunk in self._chunks(whole, start):
-                entry = _entry(chunk, start + offset, wire_ops, codec_name)
-                outputs.append(_decoded(self._swarm.call(session.step(entry)), hidden))
-                wire_ops = ()
-                cache.pending.clear()  # they are done, even if a later chunk fails
+            results = self._swarm.call(session.run(list(self._entries(whole, cache.n_tokens, ops, session))))
         finally:
             self.last_chain, self.last_stats = session.chain, session.stats
+        cache.pending.clear()
+        outputs = [_decoded(result, hidden) for result in results]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
     def _run_stateless(self, whole: dict[str, Tensor]) -> Tensor:
@@ -186,23 +181,25 @@ class RemoteBlocks:
     def _event(self, text: str) -> None:
         self.on_event(text)
 
-    def _chunks(self, tensors: dict[str, Tensor], start: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """A long prompt in pieces of at most `prefill_tokens`; (offset in tokens, tensors) each."""
-        hidden = tensors[HIDDEN]
-        total = hidden.shape[-2]
-        size = max(1, self._config.prefill_tokens // hidden.shape[-3])
-        if size >= total:
-            yield 0, tensors
-            return
+    def _entries(
+        self, whole: dict[str, Tensor], start: int, ops: tuple[CacheOp, ...], session: Session
+    ) -> Iterator[Entry]:
+        """A pass as it travels: a long prompt in chunks, of which the first brings the operations."""
+        total, size = whole[HIDDEN].shape[-2], self._chunk_tokens(whole[HIDDEN], session)
+        wire_ops = _wire_ops(ops, session, start)
         for offset in range(0, total, size):
-            length = min(size, total - offset)
-            piece = {
-                name: tensor[:, : start + offset + length]
-                if name == ATTENTION_MASK
-                else tensor.narrow(token_axis(name), offset, length)
-                for name, tensor in tensors.items()
-            }
-            yield offset, piece
+            chunk = whole if size >= total else _chunk(whole, start, offset, min(size, total - offset))
+            yield _entry(chunk, start + offset, wire_ops, session.spec.codec)
+            wire_ops = ()
+
+    def _chunk_tokens(self, hidden: Tensor, session: Session) -> int:
+        """Tokens per row of one chunk. Chains are opened first, for prompts of which it is worth to know."""
+        rows, tokens = hidden.shape[-3:-1]
+        if rows * tokens < 2 * LEAST_TOKENS:
+            hops: tuple[HopCost, ...] = ()
+        else:
+            hops = self._swarm.call(session.open())
+        return chunk_tokens(tokens, rows, hops, self._config.prefill_tokens)
 
 
 async def _survey(peers: ModelPeers, swarm: Swarm) -> tuple[Sequence[PeerRecord], Times, frozenset[str]]:
@@ -218,6 +215,16 @@ async def _all_of(work: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> 
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
     return [task.result() for task in running]
+
+
+def _chunk(tensors: dict[str, Tensor], start: int, offset: int, length: int) -> dict[str, Tensor]:
+    """The tokens `[offset, offset + length)` of a prompt that begins at token `start`; masks cover the past too."""
+    return {
+        name: tensor[:, : start + offset + length]
+        if name == ATTENTION_MASK
+        else tensor.narrow(token_axis(name), offset, length)
+        for name, tensor in tensors.items()
+    }
 
 
 def _row_axis(name: str) -> int:

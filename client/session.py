@@ -1,8 +1,9 @@
 """A session: one generation's way through a chain of peers.
 
-The life of a step, top to bottom: `step` sends the input to the first hop; the peers push it from one to the next; the
-last one's result ends it. Where a hop fails, the chain is mended and goes on with the same step (`client.open_chain`).
-Where nothing comes in time, `_inquire` asks the hops where the step is (`client.inquest`).
+The life of a step, top to bottom: `run` sends the input to the first hop; the peers push it from one to the next; the
+last one's result ends it. The chunks of a prompt follow one another without waiting for results. Where a hop fails, the
+chain is mended and goes on with the same steps (`client.open_chain`). Where nothing comes in time, `_inquire` asks the
+hops where the step is (`client.inquest`).
 
 Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from client import inquest
 from client.blame import Blame
 from client.chain import Link
+from client.chunks import HopCost
 from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Hop
@@ -25,6 +27,7 @@ from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, 
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.journal import Entry, StepLog
+from protocol.limits import IN_FLIGHT
 from protocol.messages import HIDDEN, Notice, StepResult
 from tensor_codecs import codec, dtype_of
 
@@ -72,9 +75,15 @@ class Session:
         return self._chain.links
 
     async def step(self, entry: Entry) -> StepResult:
-        """One pass of `entry` through the whole chain. Lost hops are replaced on the way. Returns the last result.
+        """A pass of one step; see `run`."""
+        (result,) = await self.run([entry])
+        return result
 
-        Where this raises, or is cancelled, the session stays as it was before the step; the next one replays it.
+    async def run(self, entries: Sequence[Entry]) -> list[StepResult]:
+        """One pass of `entries`, in order, through the whole chain: as many at once as may be on their way, so that its
+        peers work at the same time. Lost hops are replaced on the way. Returns the last hop's results.
+
+        Where this raises, or is cancelled, the session stays as it was before the pass; the next one replays it.
 
         Raises:
             BlocksMissing: some blocks had no peer for `wait_s`.
@@ -82,39 +91,65 @@ class Session:
         """
         started_s = time.perf_counter()
         async with self._stepping:
-            entry = replace(entry, step_id=self._step_id)
-            self._log.put(entry)
+            flight = _Flight([replace(entry, step_id=self._step_id + i) for i, entry in enumerate(entries)])
+            self._chain.release_leavers()
             try:
-                result = await self._pass(entry)
+                results = [await self._next_result(flight) for _ in entries]
             except BaseException:
-                self._log.take_back()
+                self._log.take_back(self._step_id)
                 self._chain.forsake()
                 raise
             finally:
                 self.stats.busy_s += time.perf_counter() - started_s
-            self._commit(entry)
-            return result
+            self._commit(flight.steps)
+            return results
 
-    async def _pass(self, entry: Entry) -> StepResult:
-        chain, trial = self._chain, Trial(Patience(self._config.wait_s))
-        chain.release_leavers()
+    async def open(self) -> tuple[HopCost, ...]:
+        """Opens the chain now rather than with the first step. Returns what its hops are expected to take.
+
+        Raises: as `run`.
+        """
+        async with self._stepping:
+            trial = Trial(Patience(self._config.wait_s))
+            try:
+                while not self._chain.is_whole:
+                    try:
+                        await self._mend(self._step_id, trial)
+                    except ChainBroken as broken:
+                        await trial.again(self._chain.give_up(broken.losses, trial))
+            except BaseException:
+                self._chain.forsake()
+                raise
+            return self._chain.costs()
+
+    async def _next_result(self, flight: _Flight) -> StepResult:
+        """The result of the first step that has none; sends those after it as far ahead as may be."""
+        chain, trial, first = self._chain, Trial(Patience(self._config.wait_s)), flight.first
+        is_alone = flight.on_their_way == 0
         while True:
             started_s = time.monotonic()
             try:
-                if chain.is_whole:
-                    chain.try_cut_edges(entry.step_id)
-                    await chain.send(chain.hops[0], entry.step(chain.epoch))
-                else:
-                    await chain.mend(self._log, entry.step_id, trial)
-                    self._times.prior_s = chain.expected_s()
-                result = await self._result(entry, trial)
+                if not chain.is_whole:
+                    await self._mend(first.step_id, trial)
+                elif is_alone:
+                    chain.try_cut_edges(first.step_id)
+                while (ahead := flight.next()) is not None:
+                    self._log.put(ahead, keep=max(IN_FLIGHT, flight.sent))
+                    await chain.send(chain.hops[0], ahead.step(chain.epoch))
+                result = await self._result(first, trial)
             except ChainBroken as broken:
                 await trial.again(chain.give_up(broken.losses, trial))
                 continue
-            if not trial.disturbed:
-                self._times.note(entry.tokens, time.monotonic() - started_s)
-            chain.note(entry, result.step)
+            flight.done += 1
+            if is_alone:  # others wait for those before them, which says nothing of the chain
+                chain.note(first, result.step)
+                if not trial.disturbed:
+                    self._times.note(first.tokens, time.monotonic() - started_s)
             return result
+
+    async def _mend(self, step_id: int, trial: Trial) -> None:
+        await self._chain.mend(self._log, step_id, trial)
+        self._times.prior_s = self._chain.expected_s()
 
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
@@ -141,12 +176,12 @@ class Session:
                 self._check(what, entry, hop)
                 return what
 
-    def _commit(self, entry: Entry) -> None:
-        if not self.spec.stateless:
-            self._position = entry.position + entry.tokens
-        self._step_id += 1
-        self.stats.steps += 1
-        self.stats.tokens += entry.rows * entry.tokens
+    def _commit(self, steps: Sequence[Entry]) -> None:
+        if not self.spec.stateless and steps:
+            self._position = steps[-1].position + steps[-1].tokens
+        self._step_id += len(steps)
+        self.stats.steps += len(steps)
+        self.stats.tokens += sum(entry.rows * entry.tokens for entry in steps)
         self.stats.bytes_sent = sum(hop.bytes_sent for hop in self._chain.hops)
         self.stats.bytes_received = sum(hop.bytes_received for hop in self._chain.hops)
 
@@ -211,6 +246,31 @@ class Session:
         """Frees the session on all its peers."""
         async with self._stepping:
             await self._chain.close()
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The steps of one pass, how many of them were sent, and how many have come out."""
+
+    steps: list[Entry]
+    sent: int = 0
+    done: int = 0
+
+    @property
+    def first(self) -> Entry:
+        """The first one that has not come out."""
+        return self.steps[self.done]
+
+    @property
+    def on_their_way(self) -> int:
+        return self.sent - self.done
+
+    def next(self) -> Entry | None:
+        """The next one to be sent, if there is one and it may be."""
+        if self.sent == len(self.steps) or self.on_their_way == IN_FLIGHT:
+            return None
+        self.sent += 1
+        return self.steps[self.sent - 1]
 
 
 class _Late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 from protocol.errors import PeerFull
@@ -16,6 +17,7 @@ class MessageBudget:
     def __init__(self, total_bytes: int) -> None:
         self.bytes_total = total_bytes
         self.bytes_left = total_bytes
+        self._freed = asyncio.Event()
 
     def reserve(self, nbytes: int) -> None:
         """Takes `nbytes` of the budget.
@@ -30,7 +32,13 @@ class MessageBudget:
     def release(self, nbytes: int) -> None:
         """Gives `nbytes` back."""
         self.bytes_left += nbytes
+        self._freed.set()
         assert self.bytes_left <= self.bytes_total, "released more than was reserved"
+
+    async def freed(self) -> None:
+        """Returns when bytes have been given back."""
+        self._freed.clear()
+        await self._freed.wait()
 
 
 class MessageShare:
@@ -113,8 +121,8 @@ class JournalBudget:
         with self._lock:
             self._logs[id(log)] = log
             while sum(log.nbytes for log in self._logs.values()) > self.bytes_total:
-                largest = max(self._logs.values(), key=lambda log: log.journal.nbytes)
-                if not largest.journal.nbytes:
+                largest = max(self._logs.values(), key=lambda log: log.evictable_bytes)
+                if not largest.evictable_bytes:
                     return  # what is left are latest steps, which the next hops may not have yet
                 largest.evict()
                 self.evicted += 1

@@ -17,7 +17,7 @@ from peer.engine import Engine
 from peer.links import Links
 from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
 from protocol import potluck_pb2 as pb
-from protocol.errors import PeerError, PeerFault, PotluckError, StaleEpoch, WireError
+from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.frames import result_frames
 from protocol.journal import Entry
 from protocol.messages import Failure, Route, StepResult
@@ -89,7 +89,12 @@ class Pump:
 
     async def _execute(self, delivery: Delivery) -> None:
         session, step = self._session, delivery.step
-        if step.step_id < session.next_step and not delivery.pushed:
+        if session.lacks_before(step):
+            session.received = session.next_step  # who asks where the steps are learns that they have to come again
+            if delivery.pushed:
+                return
+            raise PeerLost("steps before this one were lost on their way here")
+        if session.outputs.holds(step.step_id) and not delivery.pushed:
             session.sent = min(session.sent, step.step_id)  # the client asks again
         session.last_used_s = time.monotonic()
         try:

@@ -7,6 +7,7 @@ Life of a step here: `Infer` (from the client) or `Push` (from the peer before) 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,6 +33,7 @@ from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Ro
 logger = logging.getLogger(__name__)
 
 PING_BYTES = 64 << 10
+HELD_UP_S = 10.0  # for so long a step waits for those of its session that are before it
 
 
 class UnreadableAsEmpty(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -132,6 +134,7 @@ class PeerService(pb_grpc.PeerServicer):
             async for message in requests:
                 if message.request.WhichOneof("kind") == "step":
                     step_ids[message.edge] = message.request.step.step_id
+                    await self.make_way(self._sessions.at_edge(message.edge), message.request)
                 try:
                     self._take(arriving, message)
                 except PotluckError as error:
@@ -173,6 +176,17 @@ class PeerService(pb_grpc.PeerServicer):
         self.pushed += 1
         self.enqueue(session, step, half.hand_over(), pushed=True)
 
+    async def make_way(self, session: Session | None, message: pb.InferRequest) -> None:
+        """Returns when there is room for the step that `message` begins, or none of its session is waiting: a pipeline
+        that fills the message budget itself is held up; where others fill it, it is refused at once."""
+        nbytes, messages = message.step.payload_bytes, self._sessions.messages
+        if session is None or nbytes <= messages.bytes_left:
+            return
+        with contextlib.suppress(TimeoutError):  # then it is refused
+            async with asyncio.timeout(HELD_UP_S):
+                while nbytes > messages.bytes_left and session.received > session.next_step:
+                    await messages.freed()
+
     def arriving(self) -> _Arriving:
         return _Arriving(self._sessions.messages, self._max_payload_bytes)
 
@@ -188,10 +202,10 @@ class PeerService(pb_grpc.PeerServicer):
     def refused(self, edge: bytes, error: PotluckError, step_id: int) -> None:
         """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
         for session in self._sessions:
-            route, latest = session.route, session.outputs.latest
+            route = session.route
             if route is not None and route.peer_id and route.edge == edge and not session.undelivered:
-                is_latest = latest is not None and latest.step_id == step_id
-                session.fall_back(error.message, sent=step_id if is_latest else route.next_step)
+                held = session.outputs.holds(step_id)
+                session.fall_back(error.message, sent=step_id if held else route.next_step)
 
     def drain(self) -> None:
         """Tells all clients that this peer is leaving: they find replacements while it still answers."""
@@ -212,7 +226,7 @@ class PeerService(pb_grpc.PeerServicer):
             session.tokens,
             self._sessions.tokens_left,
             self._describe().dtype,
-            log_whole=session.outputs.keeps_all and session.outputs.whole,
+            kept_from=session.outputs.kept_from,
         )
 
 
@@ -251,6 +265,7 @@ class _Visit:
         async for message in requests:
             try:
                 arriving.session = self._session
+                await self._service.make_way(self._session, message)
                 request = arriving.feed(message)
                 if isinstance(request, Close):
                     self._close()

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from peer.budget import RETRY_AFTER_S, JournalBudget, KvBudget, MessageBudget
 from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
 from protocol.journal import Entry, StepLog
-from protocol.messages import HopTrace, Open, Route, Step
+from protocol.messages import CacheOp, HopTrace, Open, Route, Step
 from protocol.span import Span
 from slicing import PAGE_TOKENS, PagedCache, RaggedSpan, SpanCache, SpanModel
 
@@ -110,6 +110,13 @@ class Session:
         """Tokens per row in the cache."""
         return 0 if self.cache is None else self.cache.n_tokens
 
+    def lacks_before(self, step: Step) -> bool:
+        """Has a step before this one not come, while no other is being computed? Several are on their way at once, and
+        what a stream carried that broke, or what was refused, is missing before those that came after it."""
+        if self.cache is None or self.broken or step.epoch < self.epoch or step.step_id <= self.next_step:
+            return False
+        return step.position > tokens_after(self.cache.n_tokens, step.ops)
+
     def reroute(self, route: Route) -> None:
         """Outputs go along `route` from now on, beginning with those that its next hop lacks.
 
@@ -190,13 +197,17 @@ class SessionTable:
         """The session of that id, which only its client knows."""
         return self._sessions.get(session_id)
 
+    def at_edge(self, edge: bytes) -> Session | None:
+        """The session into which the holder of the token `edge` may push."""
+        return self._by_edge.get(edge)
+
     def by_edge(self, edge: bytes) -> Session:
-        """The session into which the holder of the token `edge` may push.
+        """As `at_edge`.
 
         Raises:
             StaleEpoch: there is none: the session has moved on, or ended.
         """
-        session = self._by_edge.get(edge)
+        session = self.at_edge(edge)
         if session is None:
             raise StaleEpoch("no session takes steps under that token, or no longer")
         return session
@@ -362,3 +373,13 @@ class SessionTable:
             session.drop_deliveries(self.messages)
             session.cache = None
             session.outputs = StepLog(keeps_all=False)
+
+
+def tokens_after(tokens: int, ops: Iterable[CacheOp]) -> int:
+    """Tokens per row in a cache of `tokens`, once `ops` are applied."""
+    for op in ops:
+        if op.kind == "reset":
+            tokens = 0
+        elif op.kind == "crop":
+            tokens = min(tokens, op.values[0])
+    return tokens

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from peer.session import Session, SessionTable
+from peer.session import Session, SessionTable, tokens_after
 from peer.work import Work, shape_of
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
 from protocol.journal import Entry, Part
@@ -62,7 +62,7 @@ class Worker:
         if step.step_id < session.next_step:
             return False
         cache = session.cache
-        if cache is not None and step.position != (held := _tokens_after(cache.n_tokens, step.ops)):
+        if cache is not None and step.position != (held := tokens_after(cache.n_tokens, step.ops)):
             raise BadMessage(f"the step starts at token {step.position}, the session is at {held}")
         rows_x_tokens = 0
         for spec in step.tensors:
@@ -251,16 +251,6 @@ def _raiser(error: Exception) -> Callable[[Work], None]:
         raise error
 
     return fail
-
-
-def _tokens_after(tokens: int, ops: Iterable[WireOp]) -> int:
-    """Tokens per row in a cache of `tokens`, once `ops` are applied."""
-    for op in ops:
-        if op.kind == "reset":
-            tokens = 0
-        elif op.kind == "crop":
-            tokens = min(tokens, op.values[0])
-    return tokens
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from protocol.errors import SessionLost
-from protocol.limits import MAX_TENSORS
+from protocol.limits import IN_FLIGHT, MAX_TENSORS
 from protocol.messages import ATTENTION_MASK, HIDDEN, CacheOp, HopTrace, Step, TensorSpec, token_axis
 
 REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again: several joined
@@ -118,13 +118,11 @@ class Journal:
             self.entries.append(last)
             self.nbytes += last.nbytes
 
-    def batches(self, max_tokens: int, next_step: int = 0) -> Iterator[Entry]:
-        """The entries from the step `next_step` on, neighbours joined where nothing happened between them, up to
-        `max_tokens` rows x tokens. A joined entry goes by its last step's id."""
+    def batches(self, max_tokens: int) -> Iterator[Entry]:
+        """The entries, neighbours joined where nothing happened between them, up to `max_tokens` rows x tokens. A
+        joined entry goes by its last step's id."""
         joined: Entry | None = None
         for entry in self.entries:
-            if entry.step_id < next_step:
-                continue
             if joined is not None and _joinable(joined, entry, max_tokens):
                 joined = _join(joined, entry)
                 continue
@@ -137,63 +135,87 @@ class Journal:
 
 @dataclass(slots=True)
 class StepLog:
-    """All steps that crossed one boundary, for whoever is told (again): the latest as it was, with its operations, and
-    those before it as a journal.
+    """All steps that crossed one boundary, for whoever is told (again): the recent ones as they were, with their
+    operations, and those before them as a journal.
 
-    A consumer that has taken all but the latest gets that one; a new one gets everything. So neither sees a crop twice
-    or not at all.
+    As many are recent as can be on their way at once. A consumer that lacks some of these gets exactly them; a new one
+    gets everything. So neither sees a crop twice or not at all.
 
     Args:
-        keeps_all: whether the journal is kept; otherwise the latest step only.
+        keeps_all: whether the journal is kept; otherwise the recent steps only.
     """
 
     keeps_all: bool
-    latest: Entry | None = None
+    recent: tuple[Entry, ...] = ()
     journal: Journal = field(default_factory=Journal)
     kept_from: int = 0  # steps before this one were not kept, or evicted
+    _settled: int = 0  # steps before this one are recent no more
+    _recent_bytes: int = 0
+
+    @property
+    def latest(self) -> Entry | None:
+        """The last step."""
+        return self.recent[-1] if self.recent else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the journal and of the latest step."""
-        return self.journal.nbytes + (self.latest.nbytes if self.latest is not None else 0)
+        """Bytes of the journal and of the recent steps."""
+        return self.journal.nbytes + self._recent_bytes
+
+    @property
+    def evictable_bytes(self) -> int:
+        """What `evict` would free."""
+        return self.nbytes - (self.recent[-1].nbytes if self.recent else 0)
 
     @property
     def whole(self) -> bool:
         """Could a new consumer be told everything?"""
         return self.kept_from == 0
 
-    def put(self, entry: Entry) -> None:
-        """Adds the next step."""
-        before, self.latest = self.latest, entry
-        if before is None:
-            return
-        if self.keeps_all and self.whole:
-            self.journal.append(before)
-        else:
-            self.kept_from = before.step_id + 1
+    def holds(self, step_id: int) -> bool:
+        """Is the step one of the recent ones?"""
+        return any(entry.step_id == step_id for entry in self.recent)
 
-    def take_back(self) -> None:
-        """The latest step was given up: it never happened."""
-        self.latest = None
+    def put(self, entry: Entry, keep: int = IN_FLIGHT) -> None:
+        """Adds the next step; the last `keep` ones are recent."""
+        recent = (*self.recent, entry)
+        self._recent_bytes += entry.nbytes
+        self.recent, older = recent[-keep:], recent[:-keep]
+        for before in older:
+            self._recent_bytes -= before.nbytes
+            self._settled = before.step_id + 1
+            if self.keeps_all and self.whole:
+                self.journal.append(before)
+            else:
+                self.kept_from = self._settled
+
+    def take_back(self, step_id: int) -> None:
+        """The steps from `step_id` on, all of them recent, were given up: they never happened."""
+        self.recent = tuple(entry for entry in self.recent if entry.step_id < step_id)
+        self._recent_bytes = sum(entry.nbytes for entry in self.recent)
 
     def evict(self) -> None:
         """Forgets all but the latest step."""
-        if self.journal.entries:
-            self.kept_from = self.journal.entries[-1].step_id + 1
-            self.journal.clear()
+        if not self.journal.entries and len(self.recent) < 2:
+            return
+        forgotten, self.recent = self.recent[:-1], self.recent[-1:]
+        self._settled = forgotten[-1].step_id + 1 if forgotten else self._settled
+        self._recent_bytes = sum(entry.nbytes for entry in self.recent)
+        self.kept_from = self._settled
+        self.journal.clear()
 
     def since(self, next_step: int, max_tokens: int = REPLAY_TOKENS) -> list[Entry]:
-        """The steps that a consumer lacks which expects `next_step`: 0, or one that is not before the latest.
+        """The steps that a consumer lacks which expects `next_step`: 0, or a recent one, or the one to come.
 
         Raises:
-            SessionLost: they are no longer kept.
+            SessionLost: they are no longer kept, or only joined to others.
         """
         if next_step < self.kept_from:
             raise SessionLost(f"the steps before {self.kept_from} are no longer kept")
-        entries = list(self.journal.batches(max_tokens, next_step))
-        if self.latest is not None and self.latest.step_id >= next_step:
-            entries.append(self.latest)
-        return entries
+        if 0 < next_step < self._settled:
+            raise SessionLost(f"the steps before {self._settled} are no longer kept one by one")
+        told = [] if next_step else list(self.journal.batches(max_tokens))
+        return told + [entry for entry in self.recent if entry.step_id >= next_step]
 
 
 def _joinable(first: Entry, second: Entry, max_tokens: int) -> bool:

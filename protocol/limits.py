@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 CHUNK_BYTES = 128 << 10  # payload bytes of one gRPC message: a slow line shows that it moves
 MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)  # a whole gRPC message: header and one chunk
@@ -12,6 +12,7 @@ PAYLOAD_BYTES = 256 << 20  # one step's payload over all its chunks
 SESSION_ID_BYTES = 16
 EDGE_BYTES = 16
 MAX_PEER_ID_CHARS = 80
+IN_FLIGHT = 8  # steps of one session on their way through its chain, replays not counted
 MAX_COUNT = 1 << 62  # steps, tokens, epochs
 MAX_TRACE = 256  # hops of a chain
 MAX_TENSORS = 512  # parts of one step; a replay brings the parts of many steps

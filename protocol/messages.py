@@ -158,15 +158,15 @@ class Open:
 class Opened:
     """The peer holds the session: `next_step` is the step id it expects, `tokens` what its cache has per row.
 
-    `log_whole`: it can send the outputs of all steps again, so that a new peer after it can be told; otherwise only the
-    last one's.
+    `kept_from`: the outputs of steps before this one cannot be sent again; 0: all can, so that a new peer after it can
+    be told.
     """
 
     next_step: int
     tokens: int
     kv_tokens_left: int
     dtype: str
-    log_whole: bool = False
+    kept_from: int = 0
 
     def to_proto(self) -> pb.InferReply:
         return pb.InferReply(
@@ -175,14 +175,14 @@ class Opened:
                 tokens=self.tokens,
                 kv_tokens_left=self.kv_tokens_left,
                 dtype=self.dtype,
-                log_whole=self.log_whole,
+                kept_from=self.kept_from,
             )
         )
 
     @classmethod
     def from_proto(cls, message: pb.Opened) -> Opened:
-        _check_counts(message.next_step, message.tokens)
-        return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype, message.log_whole)
+        _check_counts(message.next_step, message.tokens, message.kept_from)
+        return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype, message.kept_from)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,18 +137,18 @@ class Open(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ..., edge: _Optional[bytes] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype", "log_whole")
+    __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype", "kept_from")
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
-    LOG_WHOLE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FROM_FIELD_NUMBER: _ClassVar[int]
     next_step: int
     tokens: int
     kv_tokens_left: int
     dtype: str
-    log_whole: bool
-    def __init__(self, next_step: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., dtype: _Optional[str] = ..., log_whole: _Optional[bool] = ...) -> None: ...
+    kept_from: int
+    def __init__(self, next_step: _Optional[int] = ..., tokens: _Optional[int] = ..., kv_tokens_left: _Optional[int] = ..., dtype: _Optional[str] = ..., kept_from: _Optional[int] = ...) -> None: ...
 
 class Route(_message.Message):
     __slots__ = ("epoch", "peer_id", "edge", "next_step")

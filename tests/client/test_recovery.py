@@ -10,12 +10,13 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from client.recovery import lacking, to_renew
 from protocol.errors import SessionLost
 from protocol.journal import Entry, StepLog
+from protocol.limits import IN_FLIGHT
 from protocol.messages import Opened
 from tests.protocol.entries import FakeCache, hidden, part, steps
 
@@ -44,7 +45,7 @@ class FakeHop:
         return FakeHop(self.is_last)
 
     def opened(self) -> Opened:
-        return Opened(self.next_step, 0, 0, "uint8", log_whole=self.log.keeps_all and self.log.whole)
+        return Opened(self.next_step, 0, 0, "uint8", self.log.kept_from)
 
     def take(self, entry: Entry) -> None:
         if entry.step_id < self.next_step:
@@ -59,20 +60,27 @@ class FakeHop:
         if self.sent is None or self.log.latest is None or self.log.latest.step_id < self.sent:
             return []
         told = self.log.since(self.sent, REPLAY_TOKENS)
-        self.sent = told[-1].step_id + 1
+        self.sent = told[-1].step_id + 1 if told else self.sent
         return told
 
 
 class FakeChain:
-    """The hops of a session, and its client."""
+    """The hops of a session, and its client.
+
+    Attributes:
+        log: the client's.
+        step_id: the first step whose result the client lacks.
+        results: ids of the steps that came out since the chain was connected (again).
+    """
 
     def __init__(self, n_hops: int) -> None:
         self.hops = [FakeHop(is_last=i == n_hops - 1) for i in range(n_hops)]
-        self.log = StepLog(keeps_all=True)  # the client's
-        self.results: list[int] = []  # ids of the steps that came out
+        self.log = StepLog(keeps_all=True)
+        self.step_id = 0
+        self.results: list[int] = []
 
     def begin(self, entry: Entry) -> None:
-        """The client's next step is under way, and has reached nobody yet."""
+        """The client's next step is on its way, and has reached nobody yet."""
         self.log.put(entry)
 
     def send(self, entry: Entry, reaches: int) -> None:
@@ -92,18 +100,16 @@ class FakeChain:
         for entry in told[:parts]:
             self.hops[index].take(passed(entry, index))
 
-    @property
-    def step_id(self) -> int:
-        assert self.log.latest is not None
-        return self.log.latest.step_id
-
     def states(self) -> list[Opened]:
         return [hop.opened() for hop in self.hops]
 
     def connect(self, renewed: tuple[int, ...]) -> None:
-        """The plan is carried out: see `Session._connect`."""
+        """The plan is carried out: see `OpenChain._connect`."""
+        self.results = []
         for index in renewed:
             self.lose(index)
+        for hop in self.hops:
+            hop.sent = None
         lacks = [lacking(state, self.step_id, stateless=False) for state in self.states()]
         for hop, next_step in zip(self.hops, [*lacks[1:], self.step_id], strict=True):
             hop.sent = next_step
@@ -132,29 +138,48 @@ def undisturbed(entries: list[Entry], n_hops: int) -> FakeChain:
 
 def works(chain: FakeChain, renewed: tuple[int, ...]) -> bool:
     """Can the chain go on, if these hops begin anew?"""
+    assert chain.log.latest is not None
+    last = chain.log.latest.step_id
     tried = copy.deepcopy(chain)
     try:
         tried.connect(renewed)
     except (SessionLost, AssertionError):
         return False
-    return tried.results == [chain.step_id] and all(hop.next_step == chain.step_id + 1 for hop in tried.hops)
+    return tried.results == [*range(chain.step_id, last + 1)] and all(hop.next_step == last + 1 for hop in tried.hops)
 
 
 @st.composite
 def broken_chains(draw: st.DrawFn) -> tuple[list[Entry], FakeChain]:
-    """A session's steps, the last one under way, and its chain after losses, evictions and half replays."""
-    entries, n_hops = draw(steps(max_steps=8)), draw(st.integers(1, 4))
-    chain = undisturbed(entries[:-1], n_hops)
-    chain.begin(entries[-1])
-    chain.send(entries[-1], draw(st.integers(0, n_hops), label="hops that the step has passed"))
-    for index, hop in enumerate(chain.hops):
-        match draw(st.sampled_from(["well", "well", "evicted", "lost", "half told"])):
-            case "evicted":
-                hop.log.evict()
-            case "lost":
-                chain.lose(index)
-            case "half told":
-                chain.half_tell(index, draw(st.integers(1, 3), label="parts of the replay"))
+    """A session's steps, the last ones on their way, and its chain after losses, evictions and half replays. All that
+    may have happened before, too."""
+    entries, n_hops = draw(steps(max_steps=2 * IN_FLIGHT)), draw(st.integers(1, 4))
+    chain = FakeChain(n_hops)
+    on_their_way: list[Entry] = []
+    for breaks_at in sorted(draw(st.sets(st.integers(1, len(entries)), max_size=2)) | {len(entries)}):
+        if on_their_way:  # then the chain was mended, and these came through
+            chain.connect(to_renew(chain.states(), chain.step_id))
+        through = entries[: draw(st.integers(max(0, breaks_at - IN_FLIGHT), breaks_at - 1), label="through")]
+        for entry in through[chain.hops[-1].next_step :]:
+            chain.begin(entry)
+            chain.send(entry, n_hops)
+        chain.step_id = max(len(through), chain.hops[-1].next_step)
+        on_their_way = entries[chain.step_id : breaks_at]
+        reaches = n_hops
+        for entry in on_their_way:
+            chain.begin(entry)
+            reaches = draw(st.integers(0, reaches), label="hops that the step has passed")
+            chain.send(entry, reaches)
+        if not on_their_way:
+            continue
+        for index, hop in enumerate(chain.hops):
+            match draw(st.sampled_from(["well", "well", "evicted", "lost", "half told"])):
+                case "evicted":
+                    hop.log.evict()
+                case "lost":
+                    chain.lose(index)
+                case "half told":
+                    chain.half_tell(index, draw(st.integers(1, 3), label="parts of the replay"))
+    assume(on_their_way)
     return entries, chain
 
 
@@ -170,7 +195,7 @@ def test_the_plan_makes_the_chain_as_if_nothing_had_happened(broken: tuple[list[
     chain.connect(to_renew(chain.states(), chain.step_id))
     assert [hop.cache.rows for hop in chain.hops] == [hop.cache.rows for hop in wanted.hops]
     assert [hop.next_step for hop in chain.hops] == [hop.next_step for hop in wanted.hops]
-    assert chain.results == [chain.step_id], "the client gets what it lacks, once"
+    assert chain.results == [*range(chain.step_id, len(entries))], "the client gets what it lacks, in order, once"
     for hop, other in zip(chain.hops, wanted.hops, strict=True):
         assert hop.log.latest is not None
         assert other.log.latest is not None
@@ -200,11 +225,14 @@ def test_a_plan_that_was_carried_out_needs_no_other(broken: tuple[list[Entry], F
     assert to_renew(chain.states(), chain.step_id) == ()
 
 
-def opened(next_step: int, *, log_whole: bool = True) -> Opened:
-    return Opened(next_step, 0, 0, "float32", log_whole=log_whole)
-
-
 WHOLE, LATEST = True, False
+
+
+def opened(next_step: int, whole: bool) -> Opened:
+    """`LATEST`: of a hop that was evicted, and keeps but the latest step since."""
+    return Opened(next_step, 0, 0, "float32", kept_from=0 if whole else max(0, next_step - 1))
+
+
 TABLE = {
     "nothing is wrong": ([(7, WHOLE), (7, LATEST)], ()),
     "all are new": ([(0, WHOLE), (0, WHOLE), (0, LATEST)], ()),
@@ -220,17 +248,22 @@ TABLE = {
     "the first hop is new, the second one's journal evicted": ([(0, WHOLE), (8, LATEST), (0, WHOLE)], (1,)),
     "half told": ([(8, WHOLE), (3, WHOLE), (7, LATEST)], (1,)),
     "half told after an evicted journal": ([(8, LATEST), (3, WHOLE), (7, LATEST)], (0, 1)),
+    "several steps on their way": ([(12, WHOLE), (10, WHOLE), (9, WHOLE)], ()),
+    "several, and a new hop in the middle": ([(12, WHOLE), (0, WHOLE), (9, WHOLE)], ()),
+    "several, and a new hop that was told of some": ([(12, WHOLE), (8, WHOLE), (10, WHOLE)], ()),
+    "several, but the second one's were evicted": ([(12, WHOLE), (10, LATEST), (7, WHOLE)], (1,)),
+    "several results, but the last one's were evicted": ([(12, WHOLE), (11, WHOLE), (11, LATEST)], (2,)),
 }
 
 
 @pytest.mark.parametrize("what", TABLE)
 def test_who_begins_anew(what: str) -> None:
     hops, renewed = TABLE[what]
-    states = [opened(next_step, log_whole=log_whole) for next_step, log_whole in hops]
+    states = [opened(next_step, whole) for next_step, whole in hops]
     assert to_renew(states, 7) == renewed
 
 
 def test_without_caches_nobody_begins_anew() -> None:
-    states = [opened(0), opened(3, log_whole=False), opened(8, log_whole=False)]
+    states = [opened(0, WHOLE), opened(3, LATEST), opened(8, LATEST)]
     assert to_renew(states, 7, stateless=True) == ()
     assert [lacking(state, 7, stateless=True) for state in states] == [7, 7, 8]

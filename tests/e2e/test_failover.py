@@ -28,7 +28,7 @@ from client.model import SwarmModel, SwarmModelForCausalLM
 from client.open_chain import OpenChain, SessionStats
 from client.session import Session
 from protocol.journal import Entry
-from protocol.messages import Step
+from protocol.messages import Step, StepResult
 from tests.e2e.support import answers_at_length, unsplit
 from tests.processes import START_S, LocalSwarm, PeerProcess, at_home, swarm, until
 
@@ -142,7 +142,7 @@ class Fault:
 @contextmanager
 def struck_by(fault: Fault, peers: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within this context the fault happens, once; afterwards it has."""
-    send, commit = OpenChain.send, Session._commit
+    send, check = OpenChain.send, Session._check
 
     def strikes(links: Sequence[Link], step_id: int, *moments: Moment) -> bool:
         if step_id != fault.at or fault.moment not in moments or fault.victim is not None:
@@ -164,15 +164,15 @@ def struck_by(fault: Fault, peers: LocalSwarm, monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0.05)  # the step is on its way to it
         fault.do(fault.victim)
 
-    def _commit(session: Session, entry: Entry) -> None:
-        commit(session, entry)
+    def _check(session: Session, result: StepResult, entry: Entry, hop: Hop) -> None:
+        check(session, result, entry, hop)
         if strikes(session.chain, entry.step_id, "after"):
             assert fault.victim is not None
             fault.do(fault.victim)
 
     with monkeypatch.context() as patch:
         patch.setattr(OpenChain, "send", _send)
-        patch.setattr(Session, "_commit", _commit)
+        patch.setattr(Session, "_check", _check)
         yield
     assert fault.victim is not None, "the fault did not happen"
 

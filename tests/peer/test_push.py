@@ -32,7 +32,7 @@ from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import server_credentials
 from protocol.errors import BadMessage, PeerFull, PeerLost, PotluckError, SessionLost, StaleEpoch
 from protocol.frames import Reply, ReplyAssembler, step_frames
-from protocol.limits import CHUNK_BYTES, EDGE_BYTES, PAYLOAD_BYTES
+from protocol.limits import CHUNK_BYTES, EDGE_BYTES, IN_FLIGHT, PAYLOAD_BYTES
 from protocol.messages import (
     HIDDEN,
     CacheOp,
@@ -282,6 +282,8 @@ def reference(model: SpanModel, tokens: Iterable[int], span: Span, rows: int = 1
 
 
 TOKENS = (3, 1, 1, 1)
+MANY = (*TOKENS, *[1] * IN_FLIGHT)
+"""Those of `TOKENS`, and after them as many as are kept as they were."""
 
 
 async def told(visit: Visit, count: int) -> list[StepResult]:
@@ -618,11 +620,11 @@ async def test_a_full_peer_says_so_and_when_to_come_again(two: Peers, model: Spa
 async def test_a_replay_that_meets_no_peer_comes_to_the_client_whole(two: Peers, model: SpanModel) -> None:
     """What was handed to a stream is not known to have arrived, so all of it is sent again."""
     first, _ = await two.chain()
-    made = steps((400, 400, 1, 1))
+    lengths = (400, 400, 1, *[1] * IN_FLIGHT)
     await first.route()
-    for one in made:
+    for one in steps(lengths):
         await first.send(*step_frames(one))
-    await told(first, 4)
+    await told(first, len(lengths))
     pushed: list[int] = []
 
     def push(peer_id: str, edge: bytes, one: Step) -> asyncio.Future[None]:
@@ -636,12 +638,12 @@ async def test_a_replay_that_meets_no_peer_comes_to_the_client_whole(two: Peers,
 
     two.links().push = push  # type: ignore[method-assign,assignment]
     await first.route(two.visit(1))
-    relayed = await told(first, 3)
+    relayed = await told(first, 2 + IN_FLIGHT)
     assert pushed == [0, 2]
-    assert [result.step.step_id for result in relayed] == [0, 2, 3]
-    assert [tensor(result).shape[-2] for result in relayed] == [400, 401, 1]
+    assert [result.step.step_id for result in relayed] == [0, 2, *range(3, 3 + IN_FLIGHT)]
+    assert [tensor(result).shape[-2] for result in relayed] == [400, 401, *[1] * IN_FLIGHT]
     assert all(result.undelivered == "the stream to the next peer had ended" for result in relayed)
-    wanted = torch.cat(reference(model, (400, 400, 1, 1), FIRST), dim=-2)
+    wanted = torch.cat(reference(model, lengths, FIRST), dim=-2)
     assert torch.equal(torch.cat([tensor(result) for result in relayed], dim=-2), wanted)
 
 
@@ -744,18 +746,18 @@ async def test_a_next_peer_that_refuses_without_a_word_is_not_asked_again(two: P
 
 
 async def test_outputs_wait_for_a_route(two: Peers, model: SpanModel) -> None:
-    visit = two.visit(0)
+    visit, last = two.visit(0), len(MANY) - 1
     await visit.open()
-    for one in steps(TOKENS):
+    for one in steps(MANY):
         await visit.send(*step_frames(one))
-    await until(lambda: visit.session.next_step == 4 and is_free(two.hosts[0]), "the steps to be computed")
+    await until(lambda: visit.session.next_step == last + 1 and is_free(two.hosts[0]), "the steps to be computed")
     assert (await visit.progress()).sent == 0
     await visit.route()
-    results = await told(visit, 2)
-    assert [result.step.step_id for result in results] == [2, 3], "all but the latest one in one"
-    wanted = torch.cat(reference(model, TOKENS, FIRST), dim=-2)
+    results = await told(visit, 1 + IN_FLIGHT)
+    assert [result.step.step_id for result in results] == [3, *range(4, last + 1)], "all but the recent ones in one"
+    wanted = torch.cat(reference(model, MANY, FIRST), dim=-2)
     assert torch.equal(torch.cat([tensor(result) for result in results], dim=-2), wanted)
-    assert (await visit.progress()).sent == 4
+    assert (await visit.progress()).sent == last + 1
 
 
 async def test_a_route_of_an_older_epoch_is_refused(two: Peers, model: SpanModel) -> None:
@@ -770,15 +772,15 @@ async def test_a_route_of_an_older_epoch_is_refused(two: Peers, model: SpanModel
 
 
 async def test_a_route_from_the_first_step_on_tells_everything_again(two: Peers, model: SpanModel) -> None:
-    """To whoever is new; the latest step keeps its operations, those before it are as the crops left them."""
+    """To whoever is new; recent steps keep their operations, those before them are as the crops left them."""
     visit = two.visit(0)
     await visit.open(batch=2)
     await visit.route()
     sent, position = [], 0
     for step_id, (hidden, ops) in enumerate(
         zip(
-            inputs([4, 1, 2, 1], rows=2),
-            [(), (CacheOp("reorder", (1, 0)),), (CacheOp("crop", (3,)),), (CacheOp("crop", (4,)),)],
+            inputs([4, 1, 2, 1, *[1] * IN_FLIGHT], rows=2),
+            [(), (CacheOp("reorder", (1, 0)),), *[(CacheOp("crop", (n,)),) for n in (3, 4)], *[()] * IN_FLIGHT],
             strict=True,
         )
     ):
@@ -787,25 +789,25 @@ async def test_a_route_from_the_first_step_on_tells_everything_again(two: Peers,
         position += hidden.shape[-2]
     for one in sent:
         await visit.send(*step_frames(one))
-    before = await told(visit, 4)
+    before, last = await told(visit, len(sent)), len(sent) - 1
     assert [result.step.ops for result in before] == [one.ops for one in sent]
 
-    await visit.route(next_step=3)  # to one that has all but the latest
-    assert await visit.result() == before[3]
+    await visit.route(next_step=last - 1)  # to one that has all but the latest two
+    assert await told(visit, 2) == before[-2:]
 
     await visit.route(next_step=0)
     again_told = [await visit.result()]
-    while again_told[-1].step.step_id < 3:
+    while again_told[-1].step.step_id < last:
         again_told.append(await visit.result())
-    *earlier, latest = again_told
-    assert latest == before[3]
+    earlier, recent = again_told[:-IN_FLIGHT], again_told[-IN_FLIGHT:]
+    assert recent == before[-IN_FLIGHT:]
     once, again = model.new_cache(SECOND), model.new_cache(SECOND)
     for result in before:
         wanted = applied(model, once, result)
     for result in again_told:
         got = applied(model, again, result)
     assert torch.allclose(got, wanted, atol=1e-5)
-    assert again.n_tokens == once.n_tokens == 5
+    assert again.n_tokens == once.n_tokens
     assert [result.step.position for result in earlier] == sorted(result.step.position for result in earlier)
 
 
@@ -817,16 +819,20 @@ def applied(model: SpanModel, cache: SpanCache, result: StepResult) -> Tensor:
     return model.step(tensor(result), cache, span=SECOND)
 
 
-async def test_after_the_last_block_only_the_latest_output_is_kept(two: Peers) -> None:
+async def test_after_the_last_block_only_recent_outputs_are_kept(two: Peers) -> None:
     visit = two.visit(1)
-    assert not (await visit.open()).log_whole
+    assert (await visit.open()).kept_from == 0
     await visit.route()
-    for one in steps(TOKENS):
+    for one in steps(MANY):
         await visit.send(*step_frames(one))
-    *_, latest = await told(visit, 4)
-    await visit.route(next_step=3)
-    assert await visit.result() == latest
-    await visit.route(next_step=0)
+    results = await told(visit, len(MANY))
+    visit.epoch = 2
+    kept_from = (await visit.open_again(resume=True)).kept_from
+    assert kept_from == len(MANY) - IN_FLIGHT
+    await visit.route(next_step=kept_from)
+    again = await told(visit, IN_FLIGHT)
+    assert [replace(result.step, epoch=1) for result in again] == [result.step for result in results[kept_from:]]
+    await visit.route(next_step=kept_from - 1)
     assert isinstance(await visit.refusal(), SessionLost)
 
 

@@ -66,7 +66,7 @@ def test_small_messages_cross() -> None:
         assert requests.feed(route.to_proto()) == route
     progress = Progress(3, 8, 7, 6, 1 << 20, 2, 12.5)
     assert Progress.from_proto(progress.to_proto()) == progress
-    opened = Opened(4, 17, 1000, "float32", log_whole=True)
+    opened = Opened(4, 17, 1000, "float32", kept_from=2)
     assert replies.feed(opened.to_proto()) == opened
     assert replies.feed(Notice("draining", 5.0).to_proto()) == Notice("draining", 5.0)
     failure = replies.feed(Failure(PeerFull("full", retry_after_s=2.0), step_id=3).to_proto())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import SessionLost
 from protocol.journal import Entry, Journal, StepLog
+from protocol.limits import IN_FLIGHT
 from protocol.messages import ATTENTION_MASK, CacheOp
 from tests.protocol.entries import FakeCache, hidden, part, steps
 
@@ -76,27 +77,36 @@ def log_of(entries: list[Entry], *, keeps_all: bool = True) -> StepLog:
     return log
 
 
-@given(steps(), st.integers(1, 40), st.data())
-def test_a_consumer_that_comes_late_ends_as_one_that_was_there(
+@given(steps(max_steps=3 * IN_FLIGHT), st.integers(1, 40), st.data())
+def test_consumers_that_lag_or_come_late_end_as_one_that_was_there(
     entries: list[Entry], max_tokens: int, data: st.DataObject
 ) -> None:
     comes_at = data.draw(st.integers(0, len(entries) - 1), label="the step at which it comes")
-    log, always, late = StepLog(keeps_all=True), Consumer(), Consumer()
+    log, always, lagging, late = StepLog(keeps_all=True), Consumer(), Consumer(), Consumer()
     for entry in entries:
         log.put(entry)
         lacking = log.since(always.next_step, max_tokens)
         assert lacking == [entry], "whoever has all but the latest gets exactly that one"
         always.take(lacking)
+        lacks = entry.step_id + 1 - lagging.next_step
+        takes = data.draw(st.integers(0 if lacks < IN_FLIGHT else 1, lacks), label="steps that it takes now")
+        told = log.since(lagging.next_step, max_tokens)
+        assert told == entries[lagging.next_step : entry.step_id + 1], "those on their way go as they were"
+        lagging.take(told[:takes])
         if entry.step_id >= comes_at:
             late.take(log.since(late.next_step, max_tokens))
             assert late.cache.rows == always.cache.rows
             assert late.next_step == always.next_step
         assert log.since(always.next_step, max_tokens) == []
-        assert log.since(0, max_tokens)[-1] == entry, "the latest step is never joined to others, nor changed"
+        kept = log.since(0, max_tokens)[-min(IN_FLIGHT, entry.step_id + 1) :]
+        assert kept == entries[: entry.step_id + 1][-IN_FLIGHT:], "recent steps are never joined to others, nor changed"
         assert log.whole
+        assert log.nbytes == log.journal.nbytes + sum(entry.nbytes for entry in log.recent)
+    lagging.take(log.since(lagging.next_step, max_tokens))
+    assert lagging.cache.rows == always.cache.rows
 
 
-@given(steps(), st.integers(1, 40))
+@given(steps(max_steps=3 * IN_FLIGHT), st.integers(1, 40))
 def test_the_steps_of_a_log_are_joined_within_the_limit(entries: list[Entry], max_tokens: int) -> None:
     told = log_of(entries).since(0, max_tokens)
     one_step = {(entry.rows, entry.step_id) for entry in entries}
@@ -106,14 +116,26 @@ def test_the_steps_of_a_log_are_joined_within_the_limit(entries: list[Entry], ma
     assert [entry.step_id for entry in told] == sorted({entry.step_id for entry in told})
 
 
-@given(steps(), st.data())
+def test_a_consumer_between_joined_steps_is_told_that_they_are_lost() -> None:
+    log = log_of([single(step_id) for step_id in range(2 * IN_FLIGHT)])
+    assert [entry.step_id for entry in log.since(0, 40)] == [*range(IN_FLIGHT - 1, 2 * IN_FLIGHT)]
+    assert [entry.step_id for entry in log.since(IN_FLIGHT, 40)] == [*range(IN_FLIGHT, 2 * IN_FLIGHT)]
+    for next_step in range(1, IN_FLIGHT):
+        assert not log.holds(next_step)
+        with pytest.raises(SessionLost, match="one by one"):
+            log.since(next_step, 40)
+
+
+@given(steps(max_steps=2 * IN_FLIGHT), st.data())
 def test_after_evictions_the_latest_step_is_still_there(entries: list[Entry], data: st.DataObject) -> None:
     log, consumer = StepLog(keeps_all=True), Consumer()
     for entry in entries:
         log.put(entry)
         consumer.take(log.since(entry.step_id, 40))
         if data.draw(st.booleans(), label="evict"):
+            freed, before = log.evictable_bytes, log.nbytes
             log.evict()
+            assert (log.nbytes, log.evictable_bytes) == (before - freed, 0)
         assert log.since(entry.step_id, 40) == [entry]
         assert log.journal.nbytes == sum(kept.nbytes for kept in log.journal.entries)
         if log.whole:
@@ -123,48 +145,55 @@ def test_after_evictions_the_latest_step_is_still_there(entries: list[Entry], da
         else:
             assert 0 < log.kept_from <= entry.step_id
             assert log.journal.nbytes == 0, "half a journal is of no use to anybody"
+            assert log.since(log.kept_from, 40) == entries[log.kept_from : entry.step_id + 1]
             with pytest.raises(SessionLost, match=f"before {log.kept_from} are no longer kept"):
                 log.since(log.kept_from - 1, 40)
 
 
-@given(steps(), st.data())
-def test_a_step_that_was_taken_back_never_happened(entries: list[Entry], data: st.DataObject) -> None:
+@given(steps(max_steps=2 * IN_FLIGHT), st.data())
+def test_steps_that_were_taken_back_never_happened(entries: list[Entry], data: st.DataObject) -> None:
+    """A pass of many steps, even: these are all kept until it is through."""
     log, original = StepLog(keeps_all=True), Consumer()
     for entry in entries:
-        if data.draw(st.booleans(), label="another step first"):
-            log.put(Entry(0, 1, 1, (part([[99]]),), (CacheOp("reset"),), entry.step_id))
-            log.take_back()
+        if taken_back := data.draw(st.integers(0, 2 * IN_FLIGHT), label="others before it"):
+            for i in range(taken_back):
+                ops = (CacheOp("reset"),) if i == 0 else ()
+                other = Entry(i, 1, 1, (part([[99]]),), ops, entry.step_id + i)
+                log.put(other, keep=max(IN_FLIGHT, i + 1))
+            log.take_back(entry.step_id)
             assert log.since(entry.step_id, 40) == []
         log.put(entry)
         original.take([entry])
         newcomer = Consumer()
         newcomer.take(log.since(0, 40))
         assert newcomer.cache.rows == original.cache.rows
-    assert log == log_of(entries)
+        assert log.nbytes == log.journal.nbytes + sum(entry.nbytes for entry in log.recent)
 
 
 def test_a_step_that_was_taken_back_first_of_all() -> None:
     log = log_of([single(0)])
-    log.take_back()
+    log.take_back(0)
     assert log.whole
     assert log.since(0, 40) == []
     log.put(single(0))
     assert log.since(0, 40) == [single(0)]
 
 
-def test_a_log_of_the_latest_step_alone() -> None:
+def test_a_log_of_the_recent_steps_alone() -> None:
     log = StepLog(keeps_all=False)
-    for step_id in range(4):
-        log.put(single(step_id))
-        assert log.since(step_id, 40) == [single(step_id)]
-        assert log.since(step_id + 1, 40) == []
-        assert log.whole == (step_id == 0)
+    sent = [single(step_id) for step_id in range(2 * IN_FLIGHT)]
+    for one in sent:
+        log.put(one)
+        assert log.since(one.step_id, 40) == [one]
+        assert log.since(one.step_id + 1, 40) == []
+        assert log.whole == (one.step_id < IN_FLIGHT)
         assert log.journal.nbytes == 0
+    assert log.since(IN_FLIGHT, 40) == sent[IN_FLIGHT:]
     with pytest.raises(SessionLost):
-        log.since(2, 40)
+        log.since(IN_FLIGHT - 1, 40)
 
 
-def test_an_eviction_before_there_is_a_journal_loses_nothing() -> None:
+def test_an_eviction_before_there_is_anything_to_forget_loses_nothing() -> None:
     log = StepLog(keeps_all=True)
     log.evict()
     log.put(single(0))
@@ -173,14 +202,16 @@ def test_an_eviction_before_there_is_a_journal_loses_nothing() -> None:
     assert log.since(0, 40) == [single(0)]
 
 
-def test_the_latest_step_goes_with_its_operations_and_those_before_it_without() -> None:
-    log = log_of([single(0), single(1), replace(single(2, CacheOp("crop", (1,))), position=1)])
-    assert [entry.step_id for entry in log.since(0, 40)] == [1, 2], "the crop is the consumer's to make"
-    log.put(replace(single(3), position=2))
-    joined, latest = log.since(0, 40)
+def test_recent_steps_go_with_their_operations_and_those_before_them_without() -> None:
+    first, second, third = single(0), single(1), replace(single(2, CacheOp("crop", (1,))), position=1)
+    log = log_of([first, second, third])
+    assert log.since(0, 40) == [first, second, third], "the crop is the consumer's to make"
+    for step_id in range(3, 3 + IN_FLIGHT):
+        log.put(replace(single(step_id), position=step_id - 1))
+    joined, *recent = log.since(0, 40)
     assert (joined.step_id, joined.position, joined.tokens, joined.ops) == (2, 0, 2, ())
     assert hidden(joined) == [[0, 2]]
-    assert latest == replace(single(3), position=2)
+    assert recent == [replace(single(step_id), position=step_id - 1) for step_id in range(3, 3 + IN_FLIGHT)]
 
 
 @given(steps(), st.integers(1, 40), st.integers(0, 5))
