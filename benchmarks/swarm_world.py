@@ -340,7 +340,7 @@ class World:
         self._change(peer, span=span, moving_to=None, state="online")
         self._check_later(peer)
 
-    def leave(self, peer: Peer, silent: bool) -> None:
+    def leave(self, peer: Peer, silent: bool, *, replaced: bool = True) -> None:
         """The peer goes, with or without notice; a stranger comes."""
         if not peer.alive or peer.leaving:
             return
@@ -358,7 +358,8 @@ class World:
             self.at(self.now_s + self.scenario.drain_s, self._say_goodbye, peer)
         if served:
             self._stop_serving(peer, told=not silent)
-        self.at(self.now_s, self._join, peer.machine, peer.swarm)
+        if replaced:
+            self.at(self.now_s, self._join, peer.machine, peer.swarm)
 
     def _say_goodbye(self, peer: Peer) -> None:
         self._change(peer, state="offline")
