@@ -475,7 +475,7 @@ class World:
         """As `dht.announcer.Announcer` stamps and publishes: sequence and expiry only ever grow."""
         record = peer.record
         tokens_per_s = self._measured(peer) / len(record.span) if record.state == "online" else record.tokens_per_s
-        peer.record = replace(
+        peer.record = _with(
             record,
             tokens_per_s=tokens_per_s,
             step_ms=None if tokens_per_s is None else 1000.0 / tokens_per_s,
@@ -518,3 +518,10 @@ class World:
 
     def _measured(self, peer: Peer) -> float:
         return peer.machine.blocks_per_s * max(0.1, 1 + self.rng.gauss(0, self.scenario.noise))
+
+
+def _with(record: PeerRecord, **changes: Any) -> PeerRecord:
+    """As `dataclasses.replace`, which would take a fifth of the time: millions of announcements change four fields."""
+    twin = object.__new__(PeerRecord)
+    twin.__dict__.update(record.__dict__, **changes)
+    return twin

@@ -170,6 +170,11 @@ class Board:
         return float(self._lack(self.replicas).sum())
 
     @property
+    def poorest(self) -> int:
+        """The first block of those that lack most."""
+        return int(self._lack(self.replicas).argmax())
+
+    @property
     def has_gap(self) -> bool:
         """Is there a block without any peer?"""
         return bool((self.replicas == 0).any())

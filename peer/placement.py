@@ -24,7 +24,7 @@ from itertools import pairwise
 import numpy as np
 
 from dht.record import PeerRecord
-from peer.board import TIE, Board, Ints, Moves, Placed, windows
+from peer.board import TIE, Board, Ints, Placed, windows
 from protocol.errors import ConfigError
 from protocol.span import Span
 
@@ -43,6 +43,8 @@ __all__ = [
     "placed",
 ]
 
+CANDIDATES = 16
+"""Of so many who could go equally well, the one who has least to load goes."""
 FEW_PEERS = 16
 """So few peers are also placed anew altogether when their moves are simulated."""
 
@@ -249,8 +251,7 @@ def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) 
         if not able.any():
             break
         value = np.where(able, gain - meanwhile / 4, -np.inf)
-        rows = np.flatnonzero(value == value.max())
-        first, span = _first(rows, then.best_moves(rows), then)
+        first, span = _first(np.flatnonzero(value == value.max()), then)
         if first == me:
             return span
         then.move(first, span)
@@ -266,18 +267,20 @@ def _stand_in(me: int, board: Board, policy: MovePolicy, rng: random.Random | No
     return board.best_moves(np.array([me])).span(0)
 
 
-def _first(rows: Ints, moves: Moves, board: Board) -> tuple[int, Span]:
-    """Which of these, whose moves give equally many replicas, goes first: who has least to load, else by its id.
+def _first(rows: Ints, board: Board) -> tuple[int, Span]:
+    """Which of these, who can give equally many replicas, goes first, and where: of a few, who has least to load.
 
-    Speeds do not count: nobody knows the others' exactly, and all have to come to the same answer.
+    Which few, is drawn by their ids and by the first block that lacks most. Speeds do not count: nobody knows the
+    others' exactly, and all have to come to the same answer.
     """
-    least = np.flatnonzero(moves.blocks_to_load == moves.blocks_to_load.min())
+    drawn = sorted(rows.tolist(), key=lambda row: _lot(board.peer_ids[row], board.poorest))[:CANDIDATES]
+    moves = board.best_moves(np.array(drawn))
+    index = int(moves.blocks_to_load.argmin())
+    return drawn[index], moves.span(index)
 
-    def chance(index: np.int64) -> bytes:
-        return hashlib.sha256(f"{board.peer_ids[rows[index]]} {moves.span(int(index))}".encode()).digest()
 
-    index = int(max(least, key=chance))
-    return int(rows[index]), moves.span(index)
+def _lot(peer_id: str, block: int) -> bytes:
+    return hashlib.sha256(f"{peer_id} {block}".encode()).digest()
 
 
 def _join_in(me: int, board: Board, policy: MovePolicy, settled: bool) -> Span | None:
