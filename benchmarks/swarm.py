@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.swarm_optimum import Case, joined, optimum, random_case, rebalanced, weakest
+from benchmarks.swarm_peers import DHT
 from benchmarks.swarm_plot import Panel, svg
 from benchmarks.swarm_report import Figures, Row, client_rows, simulate, swarm_rows
-from benchmarks.swarm_world import DHT, Scenario
+from benchmarks.swarm_scenario import Scenario
 from peer.placement import MovePolicy
 
 DOCS: Final = Path(__file__).parents[1] / "docs"

@@ -222,6 +222,8 @@ class OpenChain:
             if hop.begun:
                 self._stats.reroutes += 1
                 self._on_event(f"{hop.name} is lost ({error.message}); looking for others")
+            else:
+                self._on_event(f"{hop.name} is passed over ({error.message})")
         return failure or BlocksMissing("the chain broke")
 
     def release_leavers(self) -> None:

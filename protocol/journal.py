@@ -182,7 +182,7 @@ class StepLog:
             self.kept_from = self.journal.entries[-1].step_id + 1
             self.journal.clear()
 
-    def since(self, next_step: int) -> list[Entry]:
+    def since(self, next_step: int, max_tokens: int = REPLAY_TOKENS) -> list[Entry]:
         """The steps that a consumer lacks which expects `next_step`: 0, or one that is not before the latest.
 
         Raises:
@@ -190,7 +190,7 @@ class StepLog:
         """
         if next_step < self.kept_from:
             raise SessionLost(f"the steps before {self.kept_from} are no longer kept")
-        entries = list(self.journal.batches(REPLAY_TOKENS, next_step))
+        entries = list(self.journal.batches(max_tokens, next_step))
         if self.latest is not None and self.latest.step_id >= next_step:
             entries.append(self.latest)
         return entries

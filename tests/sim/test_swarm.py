@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.swarm_peers import DHT
 from benchmarks.swarm_report import Figures, simulate
-from benchmarks.swarm_world import DHT, Scenario, World
+from benchmarks.swarm_scenario import Scenario
+from benchmarks.swarm_world import World
 from peer.placement import could_help
 
 SEED = int(os.environ.get("SIM_SEED", secrets.randbits(32)))
