@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 import click
@@ -151,12 +152,12 @@ def write_page(scenario: Scenario, seed: int, options: str) -> None:
         small = pool.submit(small_swarms, seed)
         *churned, quiet, one = (each.result() for each in runs)
         sections = [
-            Section(introduction(scenario, seed, options)),
-            side_by_side(COVERAGE.format_map(words(scenario)), churned, swarm_rows),
+            Section(filled(INTRODUCTION, scenario, seed=seed, options=options)),
+            side_by_side(filled(COVERAGE, scenario), churned, swarm_rows),
             Section(f"![Coverage over time]({PLOT.name})\n"),
             side_by_side(CLIENTS, churned, client_rows),
-            Section(CALM.format(hours=calm.hours), ("", ""), swarm_rows(quiet)),
-            Section(ONE.format(peers=crowded.peers, hours=crowded.hours), ("", ""), swarm_rows(one)),
+            Section(filled(CALM, calm), ("", ""), swarm_rows(quiet)),
+            Section(filled(ONE, crowded), ("", ""), swarm_rows(one)),
             small.result(),
             Section(LIMITS),
         ]
@@ -181,9 +182,14 @@ def words(scenario: Scenario) -> dict[str, object]:
     }
 
 
-def introduction(scenario: Scenario, seed: int, options: str) -> str:
-    """The head of the page."""
-    return INTRODUCTION.format_map({**words(scenario), "seed": seed, "options": options})
+def filled(text: str, scenario: Scenario, **more: object) -> str:
+    """A text of the page with its words filled in, and its lines broken anew."""
+    parts = text.format_map({**words(scenario), **more}).strip().replace("\n- ", "\n\0- ").split("\n\n")
+    return "\n\n".join("\n".join(map(_broken, part.split("\0"))) for part in parts) + "\n"
+
+
+def _broken(text: str) -> str:
+    return fill(" ".join(text.split()), 120, subsequent_indent="  " * text.startswith("- "))
 
 
 def side_by_side(text: str, runs: Sequence[Figures], rows_of: Callable[[Figures], Sequence[Row]]) -> Section:
