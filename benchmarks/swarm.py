@@ -66,7 +66,7 @@ m = {mean_stay_h:g} h and takes d to be replaced, so that all r replicas of a bl
 the time. d = detect + decide + load:
 
 - *detect*: without notice, until the record expires, which was announced half an announcement's pace ago on average:
-  {expiry_s:g} - {announce_s:g}/2 s. With notice, half a reader's pace, {refresh_s:g}/2 s.
+  {expiry_s:g} s less {announce_s:g}/2 s. With notice, half a reader's pace, {refresh_s:g}/2 s.
 - *decide*: until the peer whose turn it is looks again: `MovePolicy.gap_check_every_s`, {decide_s:g} s.
 - *load*: {drain_s:g} s to drain, and the mean time to load a span, spans weighted by their length, since a long one
   holds more of the replicas.
@@ -185,7 +185,7 @@ def words(scenario: Scenario) -> dict[str, object]:
 def filled(text: str, scenario: Scenario, **more: object) -> str:
     """A text of the page with its words filled in, and its lines broken anew."""
     parts = text.format_map({**words(scenario), **more}).strip().replace("\n- ", "\n\0- ").split("\n\n")
-    return "\n\n".join("\n".join(map(_broken, part.split("\0"))) for part in parts) + "\n"
+    return "\n\n".join("\n".join(map(_broken, filter(None, part.split("\0")))) for part in parts) + "\n"
 
 
 def _broken(text: str) -> str:
