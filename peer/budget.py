@@ -33,6 +33,27 @@ class MessageBudget:
         assert self.bytes_left <= self.bytes_total, "released more than was reserved"
 
 
+class MessageShare:
+    """What one stream holds of the message budget, for a step that is not whole yet."""
+
+    def __init__(self, budget: MessageBudget) -> None:
+        self._budget = budget
+        self._nbytes = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """See `MessageBudget.reserve`."""
+        self._budget.reserve(nbytes)
+        self._nbytes += nbytes
+
+    def hand_over(self) -> int:
+        """The bytes that are held now belong to the caller."""
+        nbytes, self._nbytes = self._nbytes, 0
+        return nbytes
+
+    def release(self) -> None:
+        self._budget.release(self.hand_over())
+
+
 class KvBudget:
     """Counts block-tokens: one token's keys and values (or state) in one block.
 

@@ -81,8 +81,9 @@ class _Link:
                     finally:
                         hearing.cancel()
             except PeerLost as error:
-                self.ending = error
-                self._fail(error)
+                # Without its traceback, which knows the parcel: no cycle is to keep both.
+                self.ending = PeerLost(error.message, peer_id=self._peer_id)
+                self._fail(self.ending)
             except Exception:  # whatever the next peer sends must not end this one
                 logger.exception("the stream to peer %s failed", self._peer_id[-8:])
                 self._fail(PeerLost("the stream to the next peer failed", peer_id=self._peer_id))

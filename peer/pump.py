@@ -99,8 +99,10 @@ class Pump:
         try:
             cost = await asyncio.wrap_future(session.running)
         except PotluckError:
+            session.running = None  # its traceback knows the session: no cycle is to keep both
             raise
         except Exception as error:
+            session.running = None
             logger.exception("a step failed before it was applied")
             raise PeerFault(f"the step failed on this peer: {type(error).__name__}") from error
         session.last_used_s = time.monotonic()
@@ -146,6 +148,9 @@ class Pump:
         step = output.step(session.epoch)
         if route.peer_id and not session.undelivered:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)
-            await session.handing_on
+            try:
+                await session.handing_on
+            finally:
+                session.handing_on = None
         else:
             await self._client.send(*result_frames(StepResult(step, session.undelivered)))

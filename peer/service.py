@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from peer.budget import MessageBudget
+from peer.budget import MessageBudget, MessageShare
 from peer.compute import ComputeThread
 from peer.links import Links
 from peer.meter import Meter
@@ -242,9 +242,13 @@ class _Visit:
         except* ClientLeft:
             logger.debug("a client left while it was answered")
         finally:
-            arriving.release()
-            if self._session is not None:  # the stream ended without a Close: the client may come back
-                self._service.sessions.detach(self._session, time.monotonic())
+            arriving.end()
+            session, self._session = self._session, None
+            if session is not None:  # the stream ended without a Close: the client may come back
+                self._service.sessions.detach(session, time.monotonic())
+                self._let_go(session)
+            # Tasks that were cancelled know this visit, in cycles: these are not to keep what was under way.
+            del session, self._tasks, self._reading, self._pumping
 
     async def _read(self, requests: AsyncIterator[pb.InferRequest], arriving: _Arriving) -> None:
         async for message in requests:
@@ -324,6 +328,11 @@ class _Visit:
         session, self._session = self._session, None
         if session is not None:
             self._service.sessions.close(session)
+            self._let_go(session)
+
+    def _let_go(self, session: Session) -> None:
+        if session.owner is self:
+            session.owner = None
 
 
 class _Arriving:
@@ -331,9 +340,8 @@ class _Arriving:
 
     def __init__(self, budget: MessageBudget, max_payload_bytes: int) -> None:
         self.session: Session | None = None
-        self._budget = budget
-        self._nbytes = 0
-        self._assembler = RequestAssembler(max_payload_bytes, self._reserve)
+        self._held = MessageShare(budget)
+        self._assembler = RequestAssembler(max_payload_bytes, self._held.reserve)
 
     def feed(self, message: pb.InferRequest) -> Open | Route | Step | Close | None:
         """See `RequestAssembler.feed`."""
@@ -348,15 +356,16 @@ class _Arriving:
 
     def hand_over(self) -> int:
         """The bytes that are held now belong to the caller."""
-        nbytes, self._nbytes = self._nbytes, 0
-        return nbytes
+        return self._held.hand_over()
 
     def release(self) -> None:
-        self._budget.release(self.hand_over())
+        self._held.release()
 
-    def _reserve(self, nbytes: int) -> None:
-        self._budget.reserve(nbytes)
-        self._nbytes += nbytes
+    def end(self) -> None:
+        """Nothing more will arrive: gives back what is held, and forgets what there is."""
+        self.release()
+        self.session = None
+        del self._assembler
 
 
 async def _drop_payload(message: pb.InferRequest, requests: AsyncIterator[pb.InferRequest]) -> None:

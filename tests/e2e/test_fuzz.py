@@ -54,14 +54,9 @@ MESSAGE_MIB, WHOLE_BUDGET_TOKENS = 2, 8192  # one step of so many tokens is as l
 UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping", "/potluck.Peer/Progress")
 INFER, PUSH, PROGRESS = "/potluck.Peer/Infer", "/potluck.Peer/Push", "/potluck.Peer/Progress"
 
-SINCERE_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
-    "MALLOC_ARENA_MAX": "2",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
-}
+SINCERE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_ARENA_MAX": "2"}
 """glibc gives back what is freed, so that memory in use is memory that is held. By default it learns to keep blocks of
-up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round it falls. And torch's oneDNN keeps what
-it made for the last 1024 shapes: every round brings some 2 MiB of new ones, until there are so many."""
+up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round it falls."""
 
 EXPECTED = {
     "silence", "connection ended", "bytes back",  # to bytes on the socket
@@ -154,7 +149,7 @@ async def one_round(rng: random.Random, record: PeerRecord) -> Counter[str]:
     attacks += [push(channel, *pushed(rng, record)) for _ in range(PUSHES)]
     attacks += [ask(channel, rng.randbytes(rng.choice((0, 1, 15, 16, 16, 17, 5000)))) for _ in range(ASKED)]
     rng.shuffle(attacks)
-    attacks.insert(0, infer(channel, largest(rng, record)))
+    attacks[:0] = [infer(channel, largest(rng, record)), push(channel, *largest_pushed(rng, record))]
     try:
         async with asyncio.TaskGroup() as tasks:
             for attack in attacks:
@@ -351,12 +346,30 @@ def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str, edge: b
 
 def largest(rng: random.Random, record: PeerRecord) -> list[bytes]:
     """A right session that needs as much memory as any here: sent in each round, so that rounds can be compared."""
+    opening, route = largest_opening(rng, record, b""), Route(EPOCH, 0)
+    messages = [opening.to_proto(), route.to_proto(), *largest_step(), pb.InferRequest(close=pb.Close())]
+    return [message.SerializeToString() for message in messages]
+
+
+def largest_pushed(rng: random.Random, record: PeerRecord) -> tuple[list[list[bytes]], list[bytes]]:
+    """The same by push, into a session of which outputs go to another one on the same peer: see `pushed`."""
+    edges = [rng.randbytes(16) for _ in range(2)]
+    routes = [Route(EPOCH, 0, record.peer_id, edges[1]), Route(EPOCH, 0)]
+    openings = [
+        [largest_opening(rng, record, edge).to_proto().SerializeToString(), route.to_proto().SerializeToString()]
+        for edge, route in zip(edges, routes, strict=True)
+    ]
+    return openings, [pb.PushRequest(edge=edges[0], request=m).SerializeToString() for m in largest_step()]
+
+
+def largest_opening(rng: random.Random, record: PeerRecord, edge: bytes) -> Open:
+    return Open(rng.randbytes(16), EPOCH, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0, edge=edge)
+
+
+def largest_step() -> Iterable[pb.InferRequest]:
     data = codec("none").encode(torch.randn(1, LARGEST_STEP, WIDTH))
     spec = TensorSpec(HIDDEN, "none", "float32", (1, LARGEST_STEP, WIDTH), len(data))
-    opening = Open(rng.randbytes(16), EPOCH, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0)
-    frames = step_frames(Step(EPOCH, 0, 0, (spec,), data))
-    messages = [opening.to_proto(), Route(EPOCH, 0).to_proto(), *frames, pb.InferRequest(close=pb.Close())]
-    return [message.SerializeToString() for message in messages]
+    return step_frames(Step(EPOCH, 0, 0, (spec,), data))
 
 
 async def whole_budget(record: PeerRecord) -> list[pb.Failure]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -924,3 +926,40 @@ async def test_a_step_that_meets_the_end_of_its_session_holds_nothing(two: Peers
     host.sessions.detach(session, 0.0)
     session.attached += 1  # as it was: the stream is still there
     assert is_free(host)
+
+
+@pytest.mark.parametrize("end", ["closed", "cancelled", "refused", "not handed on", "half a step"])
+async def test_what_a_session_held_is_freed_without_waiting_for_the_collector(two: Peers, end: str) -> None:
+    """Cycles would keep caches and payloads for as long as Python sees no need to look for them."""
+    first, second = await two.chain()
+    (one, *_) = steps(TOKENS)
+    gc.collect()
+    gc.disable()
+    try:
+        match end:
+            case "refused":
+                await first.send(*step_frames(replace(one, position=7)))
+                assert isinstance(await first.refusal(), BadMessage)
+            case "not handed on":
+                two.links()._resolve = nobody
+                await first.send(*step_frames(one))
+                assert (await first.result()).undelivered
+            case "half a step":
+                await first.send(next(cut(one, 10)))
+            case _:
+                await first.send(*step_frames(one))
+                await second.result()
+        if end == "closed":
+            await first.send(Close().to_proto())
+        else:
+            first.call.cancel()
+        await until(lambda: not two.hosts[0].service._visits, "the stream to end")
+        two.hosts[0].sessions.reclaim(math.inf)
+        first.call = None
+        await until(lambda: sessions_in_memory() == 1, "the session to be freed; the second one is still there")
+    finally:
+        gc.enable()
+
+
+def sessions_in_memory() -> int:
+    return sum(1 for found in gc.get_objects() if type(found) is Session)
