@@ -53,4 +53,6 @@ def sessions_by_peer(swarm: Swarm) -> dict[str, int]:
 
 def sessions_held(model: SwarmModel) -> int:
     """Sessions on all peers of the model's swarm, as these say themselves."""
-    return sum(sessions_by_peer(model.swarm).values())
+    view, held = model.swarm.view, sessions_by_peer(model.swarm)
+    assert held.keys() == {peer.peer_id for served in view.models for peer in view.online(served.fingerprint)}
+    return sum(held.values())
