@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup demo test test-all chaos soak check format bench proto clean
 
@@ -16,11 +17,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m demo
 
+# A module's tests stay together, in the order of `testpaths`. Those of tests/chaos take the time, and so run alone.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL) --ignore tests/chaos
+	$(BIN)/python -m pytest -m "not slow" tests/chaos
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL) --ignore tests/chaos
+	$(BIN)/python -m pytest tests/chaos
 
 # Both want a machine that has nothing else to do. CHAOS_SEED, CHAOS_ONLY and CHAOS_REPORT: see tests/chaos/test_chaos.py.
 chaos: setup

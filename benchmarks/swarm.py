@@ -142,12 +142,12 @@ def run() -> None:
     write_page(QUICK, secrets.randbits(32), f" --peers {QUICK.peers} --hours {QUICK.hours:g}")
 
 
-def write_page(scenario: Scenario, seed: int, options: str) -> None:
+def write_page(scenario: Scenario, seed: int, options: str, processes: int = 2) -> None:
     """Coverage for r = 1, 2, 3, a calm swarm, all in one model, and small swarms; printed, and written to `docs/`."""
     scenarios = [replace(scenario, replicas=float(r)) for r in REPLICAS]
     calm = replace(scenario, replicas=2.0, mean_stay_h=0.0, hours=min(scenario.hours, CALM_HOURS), clients=0)
     crowded = replace(ONE_MODEL, peers=min(ONE_MODEL.peers, scenario.peers))
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         runs = [pool.submit(simulate, each, seed) for each in (*scenarios, calm, crowded)]
         small = pool.submit(small_swarms, seed)
         *churned, quiet, one = (each.result() for each in runs)
@@ -263,16 +263,23 @@ def _many(peers: int, n_blocks: int, num_blocks: int) -> Sequence[str]:
 @click.option(
     "--plot", "plot_path", type=click.Path(path_type=Path), default=PLOT, help="Where to draw coverage over time."
 )
+@click.option("--processes", default=2, show_default=True, help="With --page, so many at once.")
 @click.option("--page", is_flag=True, help="Simulate r = 1, 2, 3 and all else that docs/swarm.md shows, and write it.")
 def command(
-    mean_stay_h: float | None, churn: float | None, seed: int | None, plot_path: Path, page: bool, **options: Any
+    mean_stay_h: float | None,
+    churn: float | None,
+    seed: int | None,
+    plot_path: Path,
+    processes: int,
+    page: bool,
+    **options: Any,
 ) -> None:
     """Simulate a swarm with the project's own placement, records and routing."""
     seed = secrets.randbits(32) if seed is None else seed
     click.echo(f"seed {seed}")
     scenario = replace(DEFAULT, mean_stay_h=_mean_stay_h(mean_stay_h, churn), **options)
     if page:
-        write_page(scenario, seed, f" --peers {scenario.peers} --hours {scenario.hours:g} --seed {seed}")
+        write_page(scenario, seed, f" --peers {scenario.peers} --hours {scenario.hours:g} --seed {seed}", processes)
         return
     figures = simulate(scenario, seed)
     Console().print(Section("A simulated swarm", ("", ""), [*swarm_rows(figures), *client_rows(figures)]).table())
