@@ -41,7 +41,7 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "15"))
 CLIENTS = 4
 GUESTS_PER_THIRD = 2  # at most, besides the one that stays
 PAUSE_S = (1.0, 5.0)  # between two comings or goings
-STRUCK = 0.5  # of those that leave, at least so many do it in the middle of answers
+IDLE_LEAVES = 0.25  # chance that one leaves though nobody is in use at this moment
 SAMPLE_EVERY_S = 2.0
 LAST_ANSWER_S = 120.0
 MIB = 1 << 20
@@ -107,8 +107,9 @@ class Churn:
             self.happened["start"] += 1
         elif serving:
             in_use = [guest for guest in serving if sessions.get(guest[1].peer_id)]
-            self.happened["in use"] += bool(in_use)
-            self._leaves(self.rng.choice(in_use or serving))
+            if in_use or self.rng.random() < IDLE_LEAVES:
+                self.happened["in use"] += bool(in_use)
+                self._leaves(self.rng.choice(in_use or serving))
 
     def _count(self, third: str) -> int:
         return sum(1 for of, _ in self.guests if of == third)
@@ -225,8 +226,7 @@ def test_peers_come_and_go_under_four_clients(tmp_path: Path) -> None:
     assert not (wrong or grew or churn.complaints), f"SOAK_SEED={SEED}"
     assert codes == [0] * CLIENTS
     assert all(churn.happened[what] for what in ("start", "SIGKILL", "SIGTERM"))
-    left, disturbed = churn.happened["SIGKILL"] + churn.happened["SIGTERM"], reroutes(answers)
-    assert disturbed >= STRUCK * left, f"{left} peers left, but answers were disturbed only {disturbed} times"
+    assert reroutes(answers) >= MINUTES, "answers were hardly disturbed"
 
 
 def reroutes(answers: Sequence[Sequence[Mapping[str, Any]]]) -> int:
