@@ -17,7 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m demo
 
-# A module's tests stay together, in the order of `testpaths`. Those of tests/chaos take the time, and so run alone.
+# Two at a time, those of a module one after the other: they share swarms. Those of tests/chaos take the time of answers,
+# and so run alone.
+test test-all: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL) --ignore tests/chaos
 	$(BIN)/python -m pytest -m "not slow" tests/chaos
