@@ -260,6 +260,12 @@ def test_one_that_came_lately_moves_for_replicas_only() -> None:
     )
 
 
+def test_it_is_the_turn_of_one_who_can_leave() -> None:
+    """Of these two the short one would lose less meanwhile, but nobody else has its first block."""
+    peers = others("0:3", "1:10")
+    assert movers(peers, 12) == {"peer-1": Span(3, 12)}
+
+
 def test_another_stands_in_for_one_that_does_not_go_but_rarely() -> None:
     peers = others("0:8", "0:8", "0:8", "8:16", "8:16")
     (first,) = movers(peers, N_BLOCKS)
