@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup demo test test-all chaos soak check format bench proto clean
 
@@ -16,11 +17,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m demo
 
+# Two at a time, those of a module one after the other: they share swarms. Those of tests/chaos take the time of answers,
+# and so run alone.
+test test-all: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL) --ignore tests/chaos
+	$(BIN)/python -m pytest -m "not slow" tests/chaos
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL) --ignore tests/chaos
+	$(BIN)/python -m pytest tests/chaos
 
 # Both want a machine that has nothing else to do. CHAOS_SEED, CHAOS_ONLY and CHAOS_REPORT: see tests/chaos/test_chaos.py.
 chaos: setup

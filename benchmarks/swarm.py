@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 import click
@@ -17,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.swarm_optimum import Case, joined, optimum, random_case, rebalanced, weakest
+from benchmarks.swarm_peers import DHT
 from benchmarks.swarm_plot import Panel, svg
 from benchmarks.swarm_report import Figures, Row, client_rows, simulate, swarm_rows
-from benchmarks.swarm_world import DHT, Scenario
+from benchmarks.swarm_scenario import Scenario
 from peer.placement import MovePolicy
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
@@ -64,7 +66,7 @@ m = {mean_stay_h:g} h and takes d to be replaced, so that all r replicas of a bl
 the time. d = detect + decide + load:
 
 - *detect*: without notice, until the record expires, which was announced half an announcement's pace ago on average:
-  {expiry_s:g} - {announce_s:g}/2 s. With notice, half a reader's pace, {refresh_s:g}/2 s.
+  {expiry_s:g} s less {announce_s:g}/2 s. With notice, half a reader's pace, {refresh_s:g}/2 s.
 - *decide*: until the peer whose turn it is looks again: `MovePolicy.gap_check_every_s`, {decide_s:g} s.
 - *load*: {drain_s:g} s to drain, and the mean time to load a span, spans weighted by their length, since a long one
   holds more of the replicas.
@@ -140,22 +142,22 @@ def run() -> None:
     write_page(QUICK, secrets.randbits(32), f" --peers {QUICK.peers} --hours {QUICK.hours:g}")
 
 
-def write_page(scenario: Scenario, seed: int, options: str) -> None:
+def write_page(scenario: Scenario, seed: int, options: str, processes: int = 2) -> None:
     """Coverage for r = 1, 2, 3, a calm swarm, all in one model, and small swarms; printed, and written to `docs/`."""
     scenarios = [replace(scenario, replicas=float(r)) for r in REPLICAS]
     calm = replace(scenario, replicas=2.0, mean_stay_h=0.0, hours=min(scenario.hours, CALM_HOURS), clients=0)
     crowded = replace(ONE_MODEL, peers=min(ONE_MODEL.peers, scenario.peers))
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         runs = [pool.submit(simulate, each, seed) for each in (*scenarios, calm, crowded)]
         small = pool.submit(small_swarms, seed)
         *churned, quiet, one = (each.result() for each in runs)
         sections = [
-            Section(introduction(scenario, seed, options)),
-            side_by_side(COVERAGE.format_map(words(scenario)), churned, swarm_rows),
+            Section(filled(INTRODUCTION, scenario, seed=seed, options=options)),
+            side_by_side(filled(COVERAGE, scenario), churned, swarm_rows),
             Section(f"![Coverage over time]({PLOT.name})\n"),
             side_by_side(CLIENTS, churned, client_rows),
-            Section(CALM.format(hours=calm.hours), ("", ""), swarm_rows(quiet)),
-            Section(ONE.format(peers=crowded.peers, hours=crowded.hours), ("", ""), swarm_rows(one)),
+            Section(filled(CALM, calm), ("", ""), swarm_rows(quiet)),
+            Section(filled(ONE, crowded), ("", ""), swarm_rows(one)),
             small.result(),
             Section(LIMITS),
         ]
@@ -180,9 +182,14 @@ def words(scenario: Scenario) -> dict[str, object]:
     }
 
 
-def introduction(scenario: Scenario, seed: int, options: str) -> str:
-    """The head of the page."""
-    return INTRODUCTION.format_map({**words(scenario), "seed": seed, "options": options})
+def filled(text: str, scenario: Scenario, **more: object) -> str:
+    """A text of the page with its words filled in, and its lines broken anew."""
+    parts = text.format_map({**words(scenario), **more}).strip().replace("\n- ", "\n\0- ").split("\n\n")
+    return "\n\n".join("\n".join(map(_broken, filter(None, part.split("\0")))) for part in parts) + "\n"
+
+
+def _broken(text: str) -> str:
+    return fill(" ".join(text.split()), 120, subsequent_indent="  " * text.startswith("- "))
 
 
 def side_by_side(text: str, runs: Sequence[Figures], rows_of: Callable[[Figures], Sequence[Row]]) -> Section:
@@ -256,16 +263,23 @@ def _many(peers: int, n_blocks: int, num_blocks: int) -> Sequence[str]:
 @click.option(
     "--plot", "plot_path", type=click.Path(path_type=Path), default=PLOT, help="Where to draw coverage over time."
 )
+@click.option("--processes", default=2, show_default=True, help="With --page, so many at once.")
 @click.option("--page", is_flag=True, help="Simulate r = 1, 2, 3 and all else that docs/swarm.md shows, and write it.")
 def command(
-    mean_stay_h: float | None, churn: float | None, seed: int | None, plot_path: Path, page: bool, **options: Any
+    mean_stay_h: float | None,
+    churn: float | None,
+    seed: int | None,
+    plot_path: Path,
+    processes: int,
+    page: bool,
+    **options: Any,
 ) -> None:
     """Simulate a swarm with the project's own placement, records and routing."""
     seed = secrets.randbits(32) if seed is None else seed
     click.echo(f"seed {seed}")
     scenario = replace(DEFAULT, mean_stay_h=_mean_stay_h(mean_stay_h, churn), **options)
     if page:
-        write_page(scenario, seed, f" --peers {scenario.peers} --hours {scenario.hours:g} --seed {seed}")
+        write_page(scenario, seed, f" --peers {scenario.peers} --hours {scenario.hours:g} --seed {seed}", processes)
         return
     figures = simulate(scenario, seed)
     Console().print(Section("A simulated swarm", ("", ""), [*swarm_rows(figures), *client_rows(figures)]).table())

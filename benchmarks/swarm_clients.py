@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
-from benchmarks.swarm_world import Peer, Swarm, World, rtt_ms
+from benchmarks.swarm_peers import Peer, Swarm
+from benchmarks.swarm_scenario import rtt_ms
+from benchmarks.swarm_world import World
 from client.blame import Blame
 from client.chain import Link, choose_chain
 from client.config import ClientConfig

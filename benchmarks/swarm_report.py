@@ -10,8 +10,10 @@ import numpy as np
 
 from benchmarks.swarm_clients import Tally, start_clients
 from benchmarks.swarm_meter import BIN_S, MOST_REPLICAS
+from benchmarks.swarm_peers import DHT
 from benchmarks.swarm_plot import Line
-from benchmarks.swarm_world import DHT, Scenario, World
+from benchmarks.swarm_scenario import Scenario
+from benchmarks.swarm_world import World
 
 Row = tuple[str, str]
 

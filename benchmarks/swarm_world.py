@@ -12,203 +12,25 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Final
 
-from benchmarks.swarm_meter import Meter
+from benchmarks.swarm_peers import DHT, Peer, Reading, Swarm
+from benchmarks.swarm_scenario import Machine, Scenario, make_machine, rtt_ms
 from dht.announcer import TOMBSTONE_MARGIN_S
-from dht.config import DhtConfig
 from dht.record import PeerRecord
-from dht.view import Findings, SwarmView, make_view, merge
 from peer.balance import is_safe, may_go
 from peer.claim import LOOKS, PAUSE_S, rivals
 from peer.first_span import UNKNOWN_BLOCKS_PER_S
 from peer.neighbours import likely_next
-from peer.placement import MovePolicy, Outlook, Placed, choose_span, could_help, lack, next_check_s, outlook, placed
+from peer.placement import MovePolicy, Outlook, Placed, choose_span, lack, next_check_s, outlook
 from protocol.span import Span
 
-DHT: Final = DhtConfig()
 KV_TOKENS: Final = 65536
 EXPIRED_S: Final = 1e-3
 """So long after a record expired, it surely has."""
 PING_EVERY_S: Final = 900.0
 """Between two measurements of a peer's round trips to likely next ones."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
-    """What is simulated. Times in seconds unless named otherwise.
-
-    Attributes:
-        peers: machines; one that leaves is followed at once by a stranger with a machine of the same make, who knows
-            nothing of the place that became free.
-        mean_stay_h: mean of the exponentially distributed stay; 0: nobody leaves.
-        silent: share of the leavers that leave without notice.
-        replicas: so many models of `n_blocks` are served that the memory of all machines is `replicas` times their
-            blocks, and `spare` more; 0: one model, served by all.
-        least_blocks, most_blocks: memory of a machine, log-uniform between.
-        speed_spread, line_spread: sigma of the log-normal speed and bandwidth.
-        noise: relative error of the throughput that a peer measures.
-        vanish: share of those without notice whose machine is gone (nothing answers); the others' process alone died,
-            and their connections break at once.
-        phases: readers of the DHT read at so many different moments; those of one moment share a view.
-        warm_up_h: so long the swarm runs before anything is counted.
-    """
-
-    peers: int = 1000
-    hours: float = 24.0
-    mean_stay_h: float = 2.0
-    silent: float = 0.5
-    replicas: float = 2.0
-    spare: float = 0.2
-    n_blocks: int = 80
-    least_blocks: int = 2
-    most_blocks: int = 16
-    speed_blocks_per_s: float = 800.0
-    speed_spread: float = 0.5
-    vanish: float = 0.5
-    block_mib: float = 220.0
-    line_mib_per_s: float = 25.0
-    line_spread: float = 0.5
-    noise: float = 0.05
-    drain_s: float = 5.0
-    world_ms: float = 100.0
-    last_mile_ms: float = 4.0
-    clients: int = 20
-    phases: int = 1
-    warm_up_h: float = 1.0
-
-    @property
-    def mean_stay_s(self) -> float:
-        return self.mean_stay_h * 3600 if self.mean_stay_h else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What somebody shares. `x_ms`, `y_ms`: where it is, as the time light and routers take."""
-
-    num_blocks: int
-    blocks_per_s: float
-    load_block_s: float
-    x_ms: float
-    y_ms: float
-
-    @property
-    def where(self) -> tuple[float, float]:
-        return self.x_ms, self.y_ms
-
-
-def rtt_ms(scenario: Scenario, one: tuple[float, float], other: tuple[float, float]) -> float:
-    """The round trip between two places: there and back, and over the last mile at both ends."""
-    return 2 * math.dist(one, other) + 4 * scenario.last_mile_ms
-
-
-class Peer:
-    """A machine in the swarm, from its coming to its leaving."""
-
-    def __init__(self, peer_id: str, machine: Machine, swarm: Swarm, phase: int) -> None:
-        self.peer_id = peer_id
-        self.machine = machine
-        self.swarm = swarm
-        self.phase = phase
-        self.alive = True
-        self.leaving = False
-        self.came_s = 0.0
-        self.check_at_s = math.inf
-        self.ping_at_s = 0.0
-        self.watchers: dict[int, Callable[[Peer, bool], None]] = {}
-        """Who is to be told when it stops serving: told the peer, and whether it says so itself."""
-        self.record: PeerRecord
-
-    @property
-    def serves(self) -> bool:
-        return self.alive and self.record.state == "online"
-
-
-class Reading:
-    """What the readers of one moment know of the DHT. Replaced when they read again."""
-
-    def __init__(self, swarm: Swarm, findings: Findings, read_at_s: float) -> None:
-        self.findings = findings
-        self.read_at_s = read_at_s
-        self._swarm = swarm
-
-    @cached_property
-    def next_expiry_s(self) -> float:
-        return min((peer.expires_at for peer in self.findings.peers.values()), default=math.inf)
-
-    @cached_property
-    def view(self) -> SwarmView:
-        return make_view(self.findings, self.read_at_s)
-
-    @property
-    def peers(self) -> tuple[PeerRecord, ...]:
-        return self.view.peers(self._swarm.fingerprint)
-
-    @cached_property
-    def placed(self) -> tuple[Placed, ...]:
-        return placed(self.peers, prior_blocks_per_s=self._swarm.prior_blocks_per_s)
-
-    @cached_property
-    def helpers(self) -> frozenset[str]:
-        """Who could give blocks replicas that they lack."""
-        return could_help(self._swarm.n_blocks, self._swarm.cuts, self.placed)
-
-    def mine_and_others(self, peer_id: str) -> tuple[PeerRecord | None, list[PeerRecord]]:
-        """As `peer.claim.refreshed` has it."""
-        mine = next((peer for peer in self.peers if peer.peer_id == peer_id), None)
-        return mine, [peer for peer in self.peers if peer.peer_id != peer_id]
-
-
-class Swarm:
-    """The peers of one model, and what the DHT holds of them."""
-
-    def __init__(self, fingerprint: str, n_blocks: int, scenario: Scenario, started_s: float) -> None:
-        self.fingerprint = fingerprint
-        self.n_blocks = n_blocks
-        self.cuts = tuple(range(n_blocks + 1))
-        self.prior_blocks_per_s = scenario.speed_blocks_per_s
-        self.peers: dict[str, Peer] = {}
-        self.where: dict[str, tuple[float, float]] = {}
-        """Of all peers that ever were."""
-        self.vanished: set[str] = set()
-        self.meter = Meter(n_blocks, started_s)
-        self._phases = scenario.phases
-        # The last one is of those who read at this very moment.
-        self._readings = [Reading(self, Findings(), -math.inf) for _ in range(scenario.phases + 1)]
-        self._pending: list[list[tuple[float, PeerRecord]]] = [[] for _ in self._readings]
-
-    def publish(self, record: PeerRecord, now_s: float) -> None:
-        for pending in self._pending:
-            pending.append((now_s, record))
-
-    def next_read_s(self, now_s: float, phase: int) -> float:
-        """When the readers of this phase next read."""
-        shift_s = DHT.refresh_every_s * phase / self._phases
-        return (math.floor((now_s - shift_s) / DHT.refresh_every_s) + 1) * DHT.refresh_every_s + shift_s
-
-    def read(self, now_s: float, phase: int) -> Reading:
-        """What readers of this phase know now: they read at a steady pace, and what expires is gone at once."""
-        read_at_s = self.next_read_s(now_s, phase) - DHT.refresh_every_s
-        reading = self._readings[phase]
-        if read_at_s > reading.read_at_s or now_s >= reading.next_expiry_s:
-            self._readings[phase] = self._merged(phase, now_s, max(read_at_s, reading.read_at_s))
-        return self._readings[phase]
-
-    def read_anew(self, now_s: float) -> Reading:
-        """What one knows who reads now."""
-        last = self._phases
-        if self._pending[last] or now_s >= self._readings[last].next_expiry_s:
-            self._readings[last] = self._merged(last, now_s, now_s)
-        return self._readings[last]
-
-    def _merged(self, index: int, now_s: float, read_at_s: float) -> Reading:
-        pending = self._pending[index]
-        count = next((n for n, (at_s, _) in enumerate(pending) if at_s > read_at_s), len(pending))
-        fresh = {record.peer_id: record for _, record in pending[:count]}
-        del pending[:count]
-        return Reading(self, merge(self._readings[index].findings, Findings(peers=fresh), now_s), read_at_s)
 
 
 class World:
@@ -226,7 +48,7 @@ class World:
         self.filled_twice = 0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._events = 0
-        machines = [self._make_machine() for _ in range(scenario.peers)]
+        machines = [make_machine(scenario, self.rng) for _ in range(scenario.peers)]
         self.memory_blocks = sum(machine.num_blocks for machine in machines)
         self.mean_load_s = sum(m.num_blocks**2 * m.load_block_s for m in machines) / self.memory_blocks
         """Of a replica of a block: long spans hold more of them, and take longer."""
@@ -237,18 +59,6 @@ class World:
         started_s = scenario.warm_up_h * 3600
         self.swarms = [Swarm(f"model-{index}", self.n_blocks, scenario, started_s) for index in range(models)]
         self._start(machines)
-
-    def _make_machine(self) -> Machine:
-        rng, scenario = self.rng, self.scenario
-        low, high = math.log(scenario.least_blocks), math.log(scenario.most_blocks + 1)
-        line = scenario.line_mib_per_s * math.exp(rng.gauss(0, scenario.line_spread))
-        return Machine(
-            num_blocks=min(int(math.exp(rng.uniform(low, high))), scenario.most_blocks),
-            blocks_per_s=scenario.speed_blocks_per_s * math.exp(rng.gauss(0, scenario.speed_spread)),
-            load_block_s=scenario.block_mib / line,
-            x_ms=rng.uniform(0, scenario.world_ms),
-            y_ms=rng.uniform(0, scenario.world_ms),
-        )
 
     def _start(self, machines: Iterable[Machine]) -> None:
         """Machines come one after the other within ten minutes, each to the model with the least memory so far."""
@@ -340,7 +150,7 @@ class World:
         self._change(peer, span=span, moving_to=None, state="online")
         self._check_later(peer)
 
-    def leave(self, peer: Peer, silent: bool) -> None:
+    def leave(self, peer: Peer, silent: bool, *, replaced: bool = True) -> None:
         """The peer goes, with or without notice; a stranger comes."""
         if not peer.alive or peer.leaving:
             return
@@ -358,7 +168,8 @@ class World:
             self.at(self.now_s + self.scenario.drain_s, self._say_goodbye, peer)
         if served:
             self._stop_serving(peer, told=not silent)
-        self.at(self.now_s, self._join, peer.machine, peer.swarm)
+        if replaced:
+            self.at(self.now_s, self._join, peer.machine, peer.swarm)
 
     def _say_goodbye(self, peer: Peer) -> None:
         self._change(peer, state="offline")
@@ -474,7 +285,7 @@ class World:
         """As `dht.announcer.Announcer` stamps and publishes: sequence and expiry only ever grow."""
         record = peer.record
         tokens_per_s = self._measured(peer) / len(record.span) if record.state == "online" else record.tokens_per_s
-        peer.record = replace(
+        peer.record = _with(
             record,
             tokens_per_s=tokens_per_s,
             step_ms=None if tokens_per_s is None else 1000.0 / tokens_per_s,
@@ -517,3 +328,10 @@ class World:
 
     def _measured(self, peer: Peer) -> float:
         return peer.machine.blocks_per_s * max(0.1, 1 + self.rng.gauss(0, self.scenario.noise))
+
+
+def _with(record: PeerRecord, **changes: Any) -> PeerRecord:
+    """As `dataclasses.replace`, which would take a fifth of the time: millions of announcements change four fields."""
+    twin = object.__new__(PeerRecord)
+    twin.__dict__.update(record.__dict__, **changes)
+    return twin

@@ -50,13 +50,14 @@ class Channels:
             await channel.close(None)
 
     async def forget_all_but(self, peers: Iterable[PeerRecord]) -> None:
-        """Closes channels to peers that are gone, which would try to connect for ever. A connected one stays: its peer
-        is there, whatever the swarm says."""
+        """Closes channels to peers that are gone, and those that could not connect, which would try it for ever: where
+        another peer has taken the port, each try is a handshake that fails. A connected one stays: its peer is there,
+        whatever the swarm says."""
         while self._failed:
             await self._failed.pop().close(None)
         known = {_key(peer) for peer in peers if peer.addresses}
-        for key in self._channels.keys() - known:
-            if self._channels[key].get_state() is not grpc.ChannelConnectivity.READY:
+        for key, channel in list(self._channels.items()):
+            if has_failed(channel) or (key not in known and channel.get_state() is not grpc.ChannelConnectivity.READY):
                 await self._channels.pop(key).close(None)
 
     async def close(self) -> None:

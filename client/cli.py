@@ -97,9 +97,10 @@ def chat(system: str | None, **options: Any) -> None:
         tokenizer = load_tokenizer(model.source)
         opening = [_said("system", system)] if system else []
         messages = list(opening)
-        click.echo(f"{model.source.name}: Ctrl-C stops an answer; /new starts over, /exit leaves.", err=True)
+        hint = f"{model.source.name}: Ctrl-C stops an answer; /new starts over, /exit leaves."
         with model.session():
-            while (line := _ask()) is not None:
+            while (line := _ask(hint)) is not None:
+                hint = ""
                 if line == "/new":
                     messages = list(opening)
                 elif line:
@@ -163,11 +164,14 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _ask() -> str | None:
-    """The next line of the person; None at the end."""
+def _ask(hint: str = "") -> str | None:
+    """The next line of the person; None at the end. Whoever has read the hint may press Ctrl-C at once."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
+            if hint:
+                click.echo(hint, err=True)
+                hint = ""
             line = input(prompt).strip()
         except KeyboardInterrupt:
             click.echo("\n/exit or Ctrl-D leaves.", err=True)

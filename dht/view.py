@@ -154,7 +154,7 @@ def make_view(findings: Findings, as_of: float) -> SwarmView:
     blocks = {model.fingerprint: model.n_blocks for model in models}
     by_model: dict[str, list[PeerRecord]] = {}
     dropped = Counter(findings.dropped)
-    for peer in sorted(living, key=lambda peer: (peer.span, peer.peer_id)):
+    for peer in sorted(living, key=lambda peer: (peer.span.start, peer.span.stop, peer.peer_id)):
         if blocks.get(peer.fingerprint, peer.n_blocks) == peer.n_blocks:
             by_model.setdefault(peer.fingerprint, []).append(peer)
         else:

@@ -170,6 +170,11 @@ class Board:
         return float(self._lack(self.replicas).sum())
 
     @property
+    def poorest(self) -> int:
+        """The first block of those that lack most."""
+        return int(self._lack(self.replicas).argmax())
+
+    @property
     def has_gap(self) -> bool:
         """Is there a block without any peer?"""
         return bool((self.replicas == 0).any())
@@ -209,6 +214,12 @@ class Board:
         kept_stops = np.clip(stops, kept_starts, self.stops)
         left = alone[self.stops] - alone[kept_stops] + alone[kept_starts] - alone[self.starts]
         return np.asarray(left == 0)
+
+    def can_go(self, rows: Sequence[int], spans: Sequence[Span]) -> NDArray[np.bool_]:
+        """The same for some peers, each with its place: [rows]."""
+        starts, stops = self.starts.copy(), self.stops.copy()
+        starts[rows], stops[rows] = [span.start for span in spans], [span.stop for span in spans]
+        return np.asarray(self.can_leave(starts, stops)[rows])
 
     def move(self, row: int, span: Span) -> None:
         self.starts[row], self.stops[row] = span.start, span.stop

@@ -27,6 +27,7 @@ from protocol.messages import Failure, Step
 
 logger = logging.getLogger(__name__)
 
+RESOLVE_TIMEOUT_S = 5.0  # to find a record that is not at hand; the client relays meanwhile, or gives the peer up
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
 MAX_LINKS = 256
@@ -135,7 +136,7 @@ class _Link:
         """A connected channel. A peer that came back may have another certificate by now: its record is read again."""
         tried: PeerRecord | None = None
         while True:
-            record = await self._resolve(self._peer_id, tried)
+            record = await self._record(tried)
             if record is None or not record.addresses:
                 raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
             if record == tried:
@@ -147,6 +148,15 @@ class _Link:
             if tried is not None:
                 raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id)
             tried = record
+
+    async def _record(self, useless: PeerRecord | None) -> PeerRecord | None:
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                return await self._resolve(self._peer_id, useless)
+        except TimeoutError:
+            raise PeerLost(
+                f"the swarm did not say within {RESOLVE_TIMEOUT_S:g} s where the next peer is", peer_id=self._peer_id
+            ) from None
 
     async def _write(self, call: Any, parcel: _Parcel) -> None:
         if parcel.written.done():  # rerouted while it waited

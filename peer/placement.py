@@ -24,7 +24,7 @@ from itertools import pairwise
 import numpy as np
 
 from dht.record import PeerRecord
-from peer.board import TIE, Board, Ints, Moves, Placed, windows
+from peer.board import TIE, Board, Placed, windows
 from protocol.errors import ConfigError
 from protocol.span import Span
 
@@ -43,6 +43,8 @@ __all__ = [
     "placed",
 ]
 
+CANDIDATES = 16
+"""Of so many who could go equally well, the one who has least to load goes."""
 FEW_PEERS = 16
 """So few peers are also placed anew altogether when their moves are simulated."""
 
@@ -244,17 +246,36 @@ def _fill(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) 
     """Where the peer of row `me` goes to give blocks a replica they lack: if it is its turn, or in another's stead."""
     then = board.copy()
     for _ in range(policy.max_moves):
-        gain, meanwhile = then.lack_gains(then.rows)
-        able = then.free & (gain > 0)
-        if not able.any():
+        turn = _turn(then)
+        if turn is None:
             break
-        value = np.where(able, gain - meanwhile / 4, -np.inf)
-        rows = np.flatnonzero(value == value.max())
-        first, span = _first(rows, then.best_moves(rows), then)
+        first, span = turn
         if first == me:
-            return span
+            # If it can go only after those before it have arrived, it waits for them.
+            return span if board.can_go([me], [span])[0] else None
         then.move(first, span)
     return _stand_in(me, board, policy, rng)
+
+
+def _turn(board: Board) -> tuple[int, Span] | None:
+    """Who goes first to give blocks replicas that they lack, and where to; None: there is nobody who can leave.
+
+    Of those who can give equally many, it is the one of a few who has least to load. Which few, is drawn by their ids
+    and by the first block that lacks most. Speeds do not count: nobody knows the others' exactly, and all have to come
+    to the same answer.
+    """
+    gain, meanwhile = board.lack_gains(board.rows)
+    value = np.where(board.free & (gain > 0), gain - meanwhile / 4, -np.inf)
+    while np.isfinite(value).any():
+        best = np.flatnonzero(value == value.max()).tolist()
+        drawn = sorted(best, key=lambda row: _lot(board.peer_ids[row], board.poorest))[:CANDIDATES]
+        moves = board.best_moves(np.array(drawn))
+        able = board.can_go(drawn, [moves.span(index) for index in range(len(drawn))])
+        if able.any():
+            index = int(np.where(able, moves.blocks_to_load, board.n_blocks + 1).argmin())
+            return drawn[index], moves.span(index)
+        value[drawn] = -np.inf
+    return None
 
 
 def _stand_in(me: int, board: Board, policy: MovePolicy, rng: random.Random | None) -> Span | None:
@@ -266,18 +287,8 @@ def _stand_in(me: int, board: Board, policy: MovePolicy, rng: random.Random | No
     return board.best_moves(np.array([me])).span(0)
 
 
-def _first(rows: Ints, moves: Moves, board: Board) -> tuple[int, Span]:
-    """Which of these, whose moves give equally many replicas, goes first: who has least to load, else by its id.
-
-    Speeds do not count: nobody knows the others' exactly, and all have to come to the same answer.
-    """
-    least = np.flatnonzero(moves.blocks_to_load == moves.blocks_to_load.min())
-
-    def chance(index: np.int64) -> bytes:
-        return hashlib.sha256(f"{board.peer_ids[rows[index]]} {moves.span(int(index))}".encode()).digest()
-
-    index = int(max(least, key=chance))
-    return int(rows[index]), moves.span(index)
+def _lot(peer_id: str, block: int) -> bytes:
+    return hashlib.sha256(f"{peer_id} {block}".encode()).digest()
 
 
 def _join_in(me: int, board: Board, policy: MovePolicy, settled: bool) -> Span | None:

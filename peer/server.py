@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmReader, reading
 from peer.balance import Balance
 from peer.config import PeerConfig
+from peer.finder import Finder
 from peer.first_span import FirstSpan
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
@@ -37,7 +37,6 @@ from slicing import ModelSource, Progress, fingerprint, legal_cuts, load_config,
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "potluck-demo"
-LOOK_AGAIN_S = 0.2  # between two looks: clients can name peers that do not exist
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +112,12 @@ async def open_peer(
         neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
         await stack.enter_async_context(background(neighbours.run(), "neighbours"))
         standing.rtts_ms = neighbours.rtts_ms
-        resolve = partial(_resolve, reader)
-        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=resolve)
+        find = Finder(reader).find
+        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find)
         hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
         await stack.enter_async_context(background(hosting.run(), "hosting"))
         await hosting.ready.wait()
         yield Peer(node, announcer, standing, found)
-
-
-async def _resolve(reader: SwarmReader, peer_id: str, useless: PeerRecord | None) -> PeerRecord | None:
-    """A peer's verified record. Looks again, but not all the time, if it is not in the view or was of no use."""
-    try:
-        known = reader.view.peer(peer_id)
-        if known in (None, useless):
-            await asyncio.sleep(max(0.0, LOOK_AGAIN_S - abs(time.time() - reader.view.as_of)))
-            known = (await reader.refresh()).peer(peer_id)
-        return known
-    except SwarmNotFound as error:
-        logger.warning("%s", error)
-        return None
 
 
 async def _locate(config: DhtConfig) -> Located | None:

@@ -12,7 +12,7 @@ import torch
 from client.channels import Channels
 from protocol.ping import round_trip_ms
 from protocol.span import Span
-from tests.harness import open_host, record_of
+from tests.harness import identity, open_host, record_of
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ async def test_channels_to_peers_that_are_gone_are_closed(checkpoint: Path) -> N
     channels = Channels()
     async with open_host(checkpoint, Span(0, 2)) as host:
         there = record_of(host)
-        gone = replace(there, addresses=("127.0.0.1:9",))  # nobody listens at the discard port
+        new = replace(there, addresses=("127.0.0.1:9",))
         assert channels.to(there) is channels.to(there)
         assert await round_trip_ms(channels.to(there), 5.0) is not None
-        assert await round_trip_ms(channels.to(gone), 0.2) is None
-        await channels.forget_all_but([there, gone])
+        channels.to(new)
+        await channels.forget_all_but([there, new])
         assert len(channels) == 2, "both are in the swarm"
         await channels.forget_all_but([])
         assert len(channels) == 1, "a peer that answers is there, whatever the swarm says"
@@ -45,6 +45,18 @@ async def test_channels_to_peers_that_are_gone_are_closed(checkpoint: Path) -> N
         while len(channels):
             await channels.forget_all_but([])
             await asyncio.sleep(0.01)
+    await channels.close()
+
+
+async def test_a_channel_that_cannot_connect_does_not_try_for_ever(checkpoint: Path) -> None:
+    channels = Channels()
+    async with open_host(checkpoint, Span(0, 2)) as host:
+        there = record_of(host)
+        another_came = replace(there, peer_id=identity(1).peer_id, certificate_der=identity(1).certificate_der)
+        assert await round_trip_ms(channels.to(another_came), 5.0) is None
+        await channels.forget_all_but([another_came])
+        assert len(channels) == 0, "though its record has not expired"
+        assert await round_trip_ms(channels.to(there), 5.0) is not None
     await channels.close()
 
 

@@ -23,6 +23,7 @@ from peer.links import _Link, _Parcel
 from protocol.errors import PeerFull
 from protocol.limits import IN_FLIGHT
 from protocol.messages import CacheOp, Step
+from protocol.span import Span
 from slicing import SpanModel
 from tests.client.test_session import CONFIG, WIDTH, checkpoint, entry, kill, reference, run, swarm, tensor, whole
 
@@ -84,13 +85,13 @@ async def test_a_pass_of_chunks_is_bit_identical_to_one_after_the_other(
 
 def slowly(host: SpanHost, seconds: Callable[[int], float]) -> None:
     """Makes the host a device of its own, which takes so long for a step of so many tokens, and no time of ours."""
-    step = host.model.step
+    decode = host.model.run_decoder
 
-    def _step(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _decode(part: Span, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         time.sleep(seconds(hidden.shape[-2]))
-        return step(hidden, *args, **kwargs)
+        return decode(part, hidden, *args, **kwargs)
 
-    host.model.step = _step  # type: ignore[method-assign]
+    host.model.run_decoder = _decode  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("n_hops", "count"), [(3, 4), (3, 12), (2, 6)])
@@ -128,14 +129,14 @@ async def test_no_more_steps_are_on_their_way_than_may_be(
     monkeypatch.setattr(Session, "_check", _check)
     sent = at_send(monkeypatch, -1, nothing)
     async with swarm(checkpoint, "0:3", "3:6") as (hosts, _, session, _):
-        step = hosts[1].model.step
+        decode = hosts[1].model.run_decoder
 
-        def _step(*args: Any, **kwargs: Any) -> Tensor:
+        def _decode(*args: Any, **kwargs: Any) -> Tensor:
             nonlocal most
             most = max(most, len(sent) - done)
-            return step(*args, **kwargs)
+            return decode(*args, **kwargs)
 
-        hosts[1].model.step = _step  # type: ignore[method-assign]
+        hosts[1].model.run_decoder = _decode  # type: ignore[method-assign]
         close(await through(session, steps), reference(whole, steps))
     assert 1 < most <= IN_FLIGHT
     assert sent == [*range(CHUNKS)]

@@ -23,6 +23,7 @@ def loaded() -> Loaded:
     return load()
 
 
+SURE_POINTS = 5  # more than a broken chain can win back where the right one errs
 TOKENIZER = PreTrainedTokenizerFast.from_pretrained(MODEL)
 
 
@@ -71,8 +72,15 @@ def test_teacher_forcing_judges_like_generate(loaded: Loaded) -> None:
 
 
 def test_every_broken_chain_costs_20_points(loaded: Loaded) -> None:
-    harmless = [drop for drop in drops(*loaded, questions(5, 64, "held_out")) if drop.points < 20]
-    assert not harmless
+    """Of 64 questions. A chain that has lost more already is not asked the rest; short ones come first."""
+    sample = sorted(questions(5, 64, "held_out"), key=lambda q: len(prompt(TOKENIZER, q) + q.answer))
+    lost = dict.fromkeys(broken_chains(24), 0.0)
+    undecided = set(lost)
+    for part in (sample[:24], sample[24:44], sample[44:]):
+        for drop in drops(*loaded, part, names=undecided):
+            lost[drop.chain] += drop.points * len(part) / len(sample)
+        undecided = {chain for chain in undecided if lost[chain] < 20 + SURE_POINTS}
+    assert not {chain: points for chain, points in lost.items() if points < 20}
 
 
 @pytest.mark.parametrize("name", ["skip 11", "swap 12,13", "repeat 23", "repeat 22,23"])

@@ -543,6 +543,21 @@ async def test_a_next_peer_that_is_unknown(two: Peers, model: SpanModel) -> None
     await until(lambda: not two.links()._links, "the link to nobody to end")
 
 
+async def test_a_swarm_that_never_says_where_the_next_peer_is(
+    two: Peers, model: SpanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(peer_id: str, useless: PeerRecord | None) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(links, "RESOLVE_TIMEOUT_S", 0.1)
+    first, _ = await two.chain()
+    two.links()._resolve = never
+    (one,) = steps(TOKENS)[:1]
+    await first.send(*step_frames(one))
+    (result,) = await told(first, 1)
+    assert "the swarm did not say" in result.undelivered
+
+
 async def test_a_next_peer_that_refuses(two: Peers, model: SpanModel) -> None:
     first, second = await two.chain()
     made = steps(TOKENS)
