@@ -187,14 +187,14 @@ async def test_a_peer_freezes_while_chunks_are_on_their_way(checkpoint: Path, wh
         standby, known.records = known.records[3], known.records[:3]
         await run(session, steps[:1])
         known.records = [*known.records, standby]
-        held, step = iter(range(CHUNKS)), hosts[1].model.step
+        held, decode = iter(range(CHUNKS)), hosts[1].model.run_decoder
 
-        def _step(*args: Any, **kwargs: Any) -> Tensor:
+        def _decode(*args: Any, **kwargs: Any) -> Tensor:
             if next(held) == 3:
                 awake.wait()
-            return step(*args, **kwargs)
+            return decode(*args, **kwargs)
 
-        hosts[1].model.step = _step  # type: ignore[method-assign]
+        hosts[1].model.run_decoder = _decode  # type: ignore[method-assign]
         try:
             outputs = await through(session, steps[1:], 5)
         finally:
