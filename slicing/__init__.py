@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
     from slicing.loading import LoadReport, Progress
+    from slicing.quantized import Quantization
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, block_bytes, load_span, move_span
@@ -33,6 +34,7 @@ __all__ = [
     "LoadReport",
     "ModelSource",
     "Progress",
+    "Quantization",
     "Remote",
     "RemoteCache",
     "SpanCache",
@@ -63,6 +65,7 @@ _HOME = {
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),
+    "slicing.quantized": ("Quantization",),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
