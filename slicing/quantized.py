@@ -70,7 +70,7 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        values = weight.detach().float()
+        values = weight.detach().float().contiguous()
         scale = (values.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
         packed = (values / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         self.register_buffer("packed", packed)

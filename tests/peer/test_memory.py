@@ -56,7 +56,7 @@ def test_too_little_memory_is_told_with_numbers() -> None:
     ) as error:
         blocks_that_fit(500 * mib, [100 * mib] * 24, (0, 6, 24), 10 * mib, what="memory of cuda:0")
     assert "400 MiB of 500 MiB free memory of cuda:0" in error.value.message
-    assert "--dtype bfloat16" in error.value.message
+    assert "--quantization int8" in error.value.message
 
 
 CUTS = st.sets(st.integers(1, 23)).map(lambda inner: (0, *sorted(inner), 24))
