@@ -16,7 +16,7 @@ from slicing.quantized import Int8Linear, Nf4Linear, Quantization, QuantizedLine
 from tests.slicing.architectures import N_BLOCKS
 
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
-FAMILIES = ("llama", "qwen3_moe", "gpt2", "gemma3", "jamba")
+FAMILIES = ("llama", "qwen3_moe", "gpt2", "gemma3_text", "jamba")
 LAYERS = (Int8Linear, Nf4Linear)
 ERROR = {"int8": 0.03, "nf4": 0.3}
 """Relative to what the blocks add to the hidden states."""
