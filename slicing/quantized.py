@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         """x: [..., in_features] -> [..., out_features]."""
         if torch.is_grad_enabled():  # the kernels have no derivatives
             return functional.linear(x, self.weight, self.bias)
-        y = self._product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y = self._product(x.reshape(-1, self.in_features).contiguous()).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:

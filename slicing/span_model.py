@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -223,7 +224,8 @@ class SpanModel:
         self.dtype = cast(torch.dtype, model.config.dtype)
         self.hidden_dtypes = hidden_dtypes(model.config)
         self._has_position_axes = _has_position_axes(model)
-        self.device = next(self.blocks[span.start].parameters()).device
+        first = self.blocks[span.start]  # without parameters where all its weights are quantised (olmo)
+        self.device = next(chain(first.parameters(), first.buffers())).device
         self._legal = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
         self._parameters = forward_parameters(self._decoder)
