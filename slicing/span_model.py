@@ -17,7 +17,7 @@ from slicing.cache import SpanCache
 from slicing.config import hidden_dtypes, hidden_size, load_config, model_class, n_blocks, text_config
 from slicing.cuts import check_architecture, check_span, legal_cuts
 from slicing.gates import Pass, gate
-from slicing.loading import LoadReport, Progress, load
+from slicing.loading import LoadReport, Progress, is_out_of_memory, load
 from slicing.quantized import Quantization, quantize, quantized_nbytes
 from slicing.skeleton import (
     BlockStack,
@@ -112,7 +112,7 @@ def _load_quantized(
             block = its_stack.blocks(part)[i]
             itemsize = cast(torch.dtype, model.config.dtype).itemsize
             kept_bytes += quantized_nbytes(block, quantization, itemsize)[1]
-            quantize(block, quantization)
+            _quantize(block, quantization, f"blocks {span} of {source.name}")
         for i, block in _rebound({i: its_stack.blocks(part)[i] for i in group}, part, model.config).items():
             blocks[i] = block
         report = report.plus(its_report)
@@ -124,6 +124,15 @@ def _load_quantized(
         100 * kept_bytes / max(1, total),
     )
     return model, stack, report
+
+
+def _quantize(block: nn.Module, quantization: Quantization, what: str) -> None:
+    try:
+        quantize(block, quantization)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory for {what}") from error
+        raise
 
 
 def _groups(blocks: Sequence[int], sizes: Sequence[int], nbytes: int) -> Iterator[list[int]]:
