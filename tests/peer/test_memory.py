@@ -16,7 +16,7 @@ from peer.loading import SpanLoader, cpu_dtype
 from peer.memory import KV_TOKENS_MAX, KV_TOKENS_MIN, MARGIN_SHARE, blocks_that_fit, fewer_blocks, kv_tokens
 from protocol.errors import ConfigError, UserError
 from protocol.span import Span
-from slicing import load_span, resolve
+from slicing import Quantization, load_span, resolve
 from tests.harness import served
 from tests.slicing.architectures import make_checkpoint
 
@@ -125,7 +125,8 @@ def test_quantised_blocks_take_less_room(tmp_path: Path, monkeypatch: pytest.Mon
     make_checkpoint("llama", tmp_path)
     monkeypatch.setattr("peer.memory.free_bytes", lambda device: 400_000)
     source, fits = resolve(str(tmp_path)), {}
-    for quantization in ("none", "int8", "nf4"):
+    kinds: tuple[Quantization, ...] = ("none", "int8", "nf4")
+    for quantization in kinds:
         config = PeerConfig(kv_tokens=10, device="cpu", quantization=quantization)
         fits[quantization] = SpanLoader.choose(config, source, served(tmp_path)).num_blocks()
     assert fits["none"] < fits["int8"] <= fits["nf4"], fits

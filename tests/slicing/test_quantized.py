@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def test_blocks_are_quantised_a_few_at_a_time(
     monkeypatch.setattr("slicing.span_model.QUANTIZED_AT_ONCE_BYTES", 1)
     one_by_one = load_span(source("llama"), Span(0, 4), quantization="int8")
     assert torch.equal(run(at_once)[1], run(one_by_one)[1])
-    assert all(block.self_attn.config is one_by_one.model.config for block in one_by_one.blocks.values())
+    blocks: dict[int, Any] = dict(one_by_one.blocks)
+    assert all(block.self_attn.config is one_by_one.model.config for block in blocks.values())
 
 
 def weights(rows: int = 96, columns: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -148,7 +150,7 @@ def test_gradients_pass_through(source: Callable[[str], ModelSource]) -> None:
 def test_small_layers_and_others_than_linear_ones_stay() -> None:
     from slicing.quantized import quantize
 
-    module = nn.ModuleDict({"router": nn.Linear(64, 8), "norm": nn.LayerNorm(64), "gpt2": Conv1D(96, 64)})
+    module: Any = nn.ModuleDict({"router": nn.Linear(64, 8), "norm": nn.LayerNorm(64), "gpt2": Conv1D(96, 64)})
     transposed = module["gpt2"].weight.detach().t()
     quantize(module, "int8")
     assert isinstance(module["router"], nn.Linear) and isinstance(module["norm"], nn.LayerNorm)
