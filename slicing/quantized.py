@@ -1,6 +1,6 @@
 """Weights of blocks in 8 or 4 bits: linear layers replaced by ones that keep them so, and compute as before.
 
-`int8` has a scale per output row (absmax); on a CPU the activations stay as they are, on a GPU bitsandbytes rounds each
+`int8` has a scale per output row (absmax); on a CPU the activations are in bfloat16, on a GPU bitsandbytes rounds each
 row of them to 8 bits by a scale of its own (LLM.int8(), arXiv:2208.07339, without its outlier columns, which would be
 chosen by all rows of a batch together). `nf4` is that of QLoRA (arXiv:2305.14314), by bitsandbytes, 64 weights to a
 scale. With both, what one row of a batch holds changes nothing for another.
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
 
 
 class Int8Linear(QuantizedLinear):
-    """Buffers: packed int8 [out_features, in_features]; scale [out_features], of the weight's dtype."""
+    """Buffers: packed int8 [out_features, in_features]; scale bfloat16 [out_features]."""
 
     packed: Tensor
     scale: Tensor
@@ -71,18 +71,20 @@ class Int8Linear(QuantizedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         values = weight.detach().float().contiguous()
-        scale = (values.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
+        scale = (values.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
         packed = (values / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     @property
     def weight(self) -> Tensor:
-        return self.packed.to(self.dtype) * self.scale[:, None]
+        return self.packed.to(self.dtype) * self.scale.to(self.dtype)[:, None]
 
     def _product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            return torch.ops.aten._weight_int8pack_mm(x, self.packed, self.scale)
+            # In bfloat16 whatever x is: torch's kernel for float32 is a plain loop, ten times slower and more.
+            product: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.packed, self.scale)
+            return product.to(x.dtype)
         return int8_rows(x, self.packed, self.scale)
 
 
@@ -171,7 +173,7 @@ def quantized_nbytes(module: nn.Module, kind: Quantization, itemsize: int) -> tu
         total -= weight.numel() * itemsize
         rows = weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
         if kind == "int8":
-            packed += weight.numel() + rows * itemsize
+            packed += weight.numel() + rows * 2
         else:
             packed += -(-weight.numel() // 2) + -(-weight.numel() // NF4_BLOCK) * 4 + 16 * 4
     return total + packed, total
