@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from torch import Tensor
 from benchmarks.codecs import activation_errors
 from client import SwarmModel, SwarmModelForCausalLM
 from demo.chains import IGNORED
-from demo.evaluate import batches, load
+from demo.evaluate import batches, load, right_answers
 from demo.swarm import MODEL, local_swarm, uneven_spans
 from demo.world import questions
+from slicing import Quantization
+from slicing.quantized import quantize
 
 CODECS: Final = ("none", "bf16", "int8")
+WEIGHTS: Final = ("float32", "bfloat16", "int8", "nf4")
 QUESTIONS: Final = 2400
 BATCH: Final = 60
 SEED: Final = 11
@@ -35,6 +38,13 @@ INTRODUCTION: Final = """\
 This page is written by `python -m benchmarks run accuracy`: {n} held-out questions, put to `potluck-demo` through three
 peers (blocks {spans}), once with each codec. A question counts only if every token of its answer is right. `lost` and
 `won` count the questions that `none` answers and the codec does not, and the other way round.
+"""
+
+WEIGHTS_SECTION: Final = """\
+## Smaller weights
+
+The same questions, put to the unsplit model with its blocks as `--quantization` keeps them, or with all of it in
+bfloat16 (`--dtype`); against float32.
 """
 
 ACTIVATIONS: Final = """\
@@ -52,6 +62,14 @@ def run() -> None:
     right = asyncio.run(_right_by_codec(CODECS))
     for name, hits in right.items():
         lines.append(_row(name, hits, right["none"]))
+    lines += [
+        "",
+        WEIGHTS_SECTION,
+        "| weights | right answers | against `float32` | lost | won |",
+        "|---|---|---|---|---|",
+    ]
+    by_weights = {weights: _right_with(weights) for weights in WEIGHTS}
+    lines += [_row(name, hits, by_weights["float32"]) for name, hits in by_weights.items()]
     lines += ["", ACTIVATIONS.format(n=ACTIVATION_QUESTIONS), activation_errors(_activations())]
     page = "\n".join(lines) + "\n"
     DOC.write_text(page)
@@ -80,6 +98,17 @@ def _right(maddr: str, codec_name: str) -> Tensor:
         if len(model.chain) != len(uneven_spans()):
             raise RuntimeError(f"the answers went through {len(model.chain)} peers")
     return torch.cat(found)
+
+
+@torch.inference_mode()
+def _right_with(weights: str) -> Tensor:
+    """With these weights, which of the questions are answered exactly: bool [questions]."""
+    model, tokenizer = load()
+    if weights in get_args(Quantization):
+        quantize(model.model.layers, cast(Quantization, weights))
+    else:
+        model.to(getattr(torch, weights))
+    return torch.tensor(right_answers(model, tokenizer, questions(SEED, QUESTIONS, "held_out"), BATCH))
 
 
 @torch.inference_mode()

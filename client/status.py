@@ -40,6 +40,7 @@ def _peer(peer: PeerRecord) -> dict[str, Any]:
         "state": peer.state,
         "dtype": peer.dtype,
         "unbatched": peer.unbatched,
+        "quantization": peer.quantization or "none",
         "step_ms": peer.step_ms,
         "kv_tokens_left": peer.kv_tokens_left,
         "kv_tokens_total": peer.kv_tokens_total,
@@ -56,7 +57,7 @@ def render(found: dict[str, Any]) -> None:
     for model in found["models"]:
         console.print(_sentence(model))
         table = Table()
-        for title in ("peer", "blocks", f"0:{model['n_blocks']}", "state", "ms/token", "KV free", "up"):
+        for title in ("peer", "blocks", f"0:{model['n_blocks']}", "state", "weights", "ms/token", "KV free", "up"):
             table.add_column(title, no_wrap=True)
         for peer in model["peers"]:
             step = "?" if peer["step_ms"] is None else f"{peer['step_ms']:.1f}"
@@ -65,6 +66,7 @@ def render(found: dict[str, Any]) -> None:
                 peer["blocks"],
                 _bar(peer["blocks"], model["n_blocks"]),
                 peer["state"],
+                peer["dtype"] if peer["quantization"] == "none" else peer["quantization"],
                 step,
                 _percent(peer["kv_tokens_left"], peer["kv_tokens_total"]),
                 _duration(peer["up_s"]),

@@ -47,7 +47,15 @@ class PeerConfig:
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Number format to compute in; auto: the checkpoint's, float32 on a CPU."}
+        default="auto",
+        metadata={
+            "help": "Number format to compute in; auto: the checkpoint's; on a CPU float32, unless the checkpoint is "
+            "in bfloat16 and the CPU multiplies that itself (AVX512-BF16, AMX)."
+        },
+    )
+    quantization: Literal["none", "int8", "nf4"] = field(
+        default="none",
+        metadata={"help": "Keep the weights of linear layers in 8 or 4 bits: more blocks fit, and cost less to read."},
     )
     kv_tokens: int | None = field(
         default=None, metadata={"help": "Tokens kept for all sessions together. Not given: from free memory."}

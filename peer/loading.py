@@ -15,7 +15,17 @@ from peer.config import PeerConfig
 from peer.host import Served
 from protocol.errors import ConfigError
 from protocol.span import Span
-from slicing import ModelSource, Progress, SpanModel, block_bytes, kv_values, load_config, load_span, move_span
+from slicing import (
+    ModelSource,
+    Progress,
+    Quantization,
+    SpanModel,
+    block_bytes,
+    kv_values,
+    load_config,
+    load_span,
+    move_span,
+)
 
 
 class _Stopped(Exception):
@@ -28,6 +38,7 @@ class SpanLoader:
 
     Attributes:
         dtype: of the weights; None: the model's own.
+        quantization: of the linear layers.
         kv_tokens: for how many tokens to leave room, if the user said.
     """
 
@@ -37,6 +48,7 @@ class SpanLoader:
     dtype: torch.dtype | None
     kv_tokens: int | None
     progress: Progress | None
+    quantization: Quantization = "none"
 
     @classmethod
     def choose(
@@ -45,13 +57,20 @@ class SpanLoader:
         """One for the device and number format that `config` names or leaves open. Blocks.
 
         Raises:
-            ConfigError: there is no such device here.
+            ConfigError: there is no such device here, or it does not know the quantisation.
         """
         device = _device(config)
-        dtype: torch.dtype | None = torch.float32 if device.type == "cpu" else None
+        if config.quantization != "none" and device.type not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"--quantization {config.quantization} works on cpu and cuda, not on {device.type}: leave it out there"
+            )
         if config.dtype != "auto":
-            dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        return cls(source, served, device, dtype, config.kv_tokens, progress)
+            dtype = cast("torch.dtype | None", getattr(torch, config.dtype))
+        elif device.type == "cpu":
+            dtype = cpu_dtype(load_config(source).dtype, multiplies_bfloat16=_multiplies_bfloat16())
+        else:
+            dtype = None
+        return cls(source, served, device, dtype, config.kv_tokens, progress, config.quantization)
 
     def num_blocks(self) -> int:
         """How many blocks fit into the memory that is free now. Blocks for a moment.
@@ -64,7 +83,7 @@ class SpanLoader:
         kv_bytes = (self.kv_tokens or memory.KV_TOKENS_PLANNED) * kv_values(config) * dtype.itemsize
         return memory.blocks_that_fit(
             memory.free_bytes(self.device),
-            block_bytes(self.source, self.dtype),
+            block_bytes(self.source, self.dtype, self.quantization),
             self.served.legal_cuts,
             kv_bytes,
             what="memory" if self.device.type == "cpu" else f"memory of {self.device}",
@@ -72,9 +91,8 @@ class SpanLoader:
 
     def fits_beside(self, span: Span, old: Span) -> bool:
         """Is there room now for what `span` has more than `old`, which stays loaded? Blocks for a moment."""
-        more = sum(
-            nbytes for i, nbytes in enumerate(block_bytes(self.source, self.dtype)) if i in span and i not in old
-        )
+        sizes = block_bytes(self.source, self.dtype, self.quantization)
+        more = sum(nbytes for i, nbytes in enumerate(sizes) if i in span and i not in old)
         return more <= memory.free_bytes(self.device) * (1 - memory.MARGIN_SHARE)
 
     async def load(self, span: Span, old: SpanModel | None = None) -> SpanModel:
@@ -98,13 +116,34 @@ class SpanLoader:
             before, old = old, None  # a pool's thread may remember its last work for a while
             if before is not None:
                 return move_span(before, self.source, span, progress=progress)
-            return load_span(self.source, span, dtype=self.dtype, device=self.device, progress=progress)
+            return load_span(
+                self.source,
+                span,
+                dtype=self.dtype,
+                device=self.device,
+                quantization=self.quantization,
+                progress=progress,
+            )
 
         try:
             return await asyncio.to_thread(work)
         except asyncio.CancelledError:
             given_up.set()
             raise
+
+
+def cpu_dtype(stored: object, *, multiplies_bfloat16: bool) -> torch.dtype:
+    """What `--dtype auto` computes in on a CPU, of a checkpoint in the dtype `stored`.
+
+    bfloat16 where nothing is lost that the checkpoint holds and the CPU has instructions for it. Without these torch
+    converts numbers one by one, which is slower than float32. A checkpoint in float32 is computed in float32: who
+    prefers speed says so. float16 has more digits than bfloat16, so it is computed in float32 too.
+    """
+    return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16 else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _device(config: PeerConfig) -> torch.device:

@@ -84,7 +84,7 @@ def blocks_that_fit(
             f"not even {shortest} of the model's {len(block_bytes)} blocks {'fits' if shortest == 1 else 'fit'}: "
             f"weights of {in_mib(heaviest[shortest])} and caches of {in_mib(caches)} are needed, "
             f"{in_mib(usable)} of {in_mib(free)} free {what} can be used; "
-            "free some, or try --dtype bfloat16 or a smaller --kv-tokens"
+            "free some, or try --quantization int8 or a smaller --kv-tokens"
         )
     return fitting
 

@@ -71,7 +71,9 @@ class Standing:
         self.span = host.model.span
         self.host, self._port = host, host.port
         self._digests = tuple(bytes.fromhex(digests[block]) for block in sorted(digests))
-        self._template = replace(self._template, dtype=dtype_name(host.model.dtype))
+        self._template = replace(
+            self._template, dtype=dtype_name(host.model.dtype), quantization=host.model.quantization
+        )
         self.resume()
 
     def closed(self) -> None:

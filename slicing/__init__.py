@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slicing.loading import LoadReport, Progress
     from slicing.paged import PAGE_TOKENS, PagedCache
     from slicing.proof import trouble
+    from slicing.quantized import Quantization
     from slicing.ragged import RaggedSpan, Stretch
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
@@ -39,6 +40,7 @@ __all__ = [
     "ModelSource",
     "PagedCache",
     "Progress",
+    "Quantization",
     "RaggedSpan",
     "Remote",
     "RemoteCache",
@@ -75,6 +77,7 @@ _HOME = {
     "slicing.paged": ("PAGE_TOKENS", "PagedCache"),
     "slicing.proof": ("trouble",),
     "slicing.ragged": ("RaggedSpan", "Stretch"),
+    "slicing.quantized": ("Quantization",),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),

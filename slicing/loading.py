@@ -52,6 +52,11 @@ class LoadReport:
     n_bytes: int
     files: tuple[str, ...]
 
+    def plus(self, other: LoadReport) -> LoadReport:
+        """What two loads of one part read together."""
+        files = tuple(sorted({*self.files, *other.files}))
+        return LoadReport(self.what, self.n_tensors + other.n_tensors, self.n_bytes + other.n_bytes, files)
+
     def __str__(self) -> str:
         return f"{self.what}: {self.n_tensors} tensors, {self.n_bytes / 2**20:.1f} MiB from {len(self.files)} files"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +17,8 @@ from slicing.cache import SpanCache
 from slicing.config import hidden_dtypes, hidden_size, load_config, model_class, n_blocks, text_config
 from slicing.cuts import check_architecture, check_span, legal_cuts
 from slicing.gates import Pass, gate
-from slicing.loading import LoadReport, Progress, load
+from slicing.loading import LoadReport, Progress, is_out_of_memory, load
+from slicing.quantized import Quantization, quantize, quantized_nbytes
 from slicing.skeleton import (
     BlockStack,
     drop_all_but_blocks,
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
     from slicing.source import ModelSource
 
+logger = logging.getLogger(__name__)
+
+QUANTIZED_AT_ONCE_BYTES = 1 << 30
+"""So much of the full-size weights is in memory while they are made small: a new skeleton for each costs a moment."""
 EXTRAS = ("per_layer_inputs",)
 """Names of tensors that some architectures need in every block beside the hidden states; they come from the client."""
 
@@ -41,12 +48,15 @@ def load_span(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
     progress: Progress | None = None,
 ) -> SpanModel:
     """Load the blocks `span` of a model, and no other tensors than theirs and a few small shared ones.
 
     Args:
         dtype: of the weights; None: the model's own.
+        quantization: of the blocks' linear layers (see `slicing/quantized.py`); `dtype` is then that of the rest, and
+            of hidden states. Few blocks at a time are in memory at full size.
         progress: told as tensors are read.
 
     Raises:
@@ -56,15 +66,16 @@ def load_span(
         MemoryError: they do not fit into the memory of the machine or the device.
         UnknownModel: the hub cannot be reached.
     """
-    model, stack, report = _load_blocks(source, span, range(span.start, span.stop), dtype, device, progress)
-    return SpanModel(model, stack, span, report)
+    blocks = range(span.start, span.stop)
+    model, stack, report = _load_quantized(source, span, blocks, dtype, device, quantization, progress)
+    return SpanModel(model, stack, span, report, quantization)
 
 
 def move_span(old: SpanModel, source: ModelSource, span: Span, *, progress: Progress | None = None) -> SpanModel:
     """Load the blocks `span` of the model of which `old` holds others, but for those that `old` has in memory already.
 
     These are shared, not copied: `old` can go on in another thread, and what only it needs is free once it is gone.
-    `dtype` and `device` stay; `report` counts what was read. The result computes the same bits as a
+    `dtype`, `device` and `quantization` stay; `report` counts what was read. The result computes the same bits as a
     fresh load of `span`.
 
     Raises:
@@ -72,12 +83,68 @@ def move_span(old: SpanModel, source: ModelSource, span: Span, *, progress: Prog
     """
     kept = old.span.overlap(span)
     read = [i for i in range(span.start, span.stop) if kept is None or i not in kept]
-    model, stack, report = _load_blocks(source, span, read, old.dtype, old.device, progress)
+    model, stack, report = _load_quantized(source, span, read, old.dtype, old.device, old.quantization, progress)
     if kept is not None:
         blocks = stack.blocks(model)
         for i, block in old.copy_blocks(kept, model.config).items():
             blocks[i] = block
-    return SpanModel(model, stack, span, report)
+    return SpanModel(model, stack, span, report, old.quantization)
+
+
+def _load_quantized(
+    source: ModelSource,
+    span: Span,
+    read: Collection[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    quantization: Quantization,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, BlockStack, LoadReport]:
+    """As `_load_blocks`, and with quantised layers: a few blocks are loaded and made small before the next are read."""
+    if quantization == "none":
+        return _load_blocks(source, span, read, dtype, device, progress)
+    model, stack, report = _load_blocks(source, span, (), dtype, device, progress)
+    blocks = stack.blocks(model)
+    sizes, kept_bytes = block_bytes(source, dtype), 0
+    for group in _groups(sorted(read), sizes, QUANTIZED_AT_ONCE_BYTES):
+        part, its_stack, its_report = _load_blocks(source, span, group, dtype, device, progress)
+        for i in group:
+            block = its_stack.blocks(part)[i]
+            itemsize = cast(torch.dtype, model.config.dtype).itemsize
+            kept_bytes += quantized_nbytes(block, quantization, itemsize)[1]
+            _quantize(block, quantization, f"blocks {span} of {source.name}")
+        for i, block in _rebound({i: its_stack.blocks(part)[i] for i in group}, part, model.config).items():
+            blocks[i] = block
+        report = report.plus(its_report)
+    total = sum(sizes[i] for i in read)
+    logger.info(
+        "%s of blocks %s: %.0f %% of the bytes of their weights stay in floating point",
+        quantization,
+        span,
+        100 * kept_bytes / max(1, total),
+    )
+    return model, stack, report
+
+
+def _quantize(block: nn.Module, quantization: Quantization, what: str) -> None:
+    try:
+        quantize(block, quantization)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory for {what}") from error
+        raise
+
+
+def _groups(blocks: Sequence[int], sizes: Sequence[int], nbytes: int) -> Iterator[list[int]]:
+    """`blocks` in groups of at most `nbytes` together, or of one block that has more."""
+    group: list[int] = []
+    for i in blocks:
+        if group and sum(sizes[j] for j in [*group, i]) > nbytes:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def _load_blocks(
@@ -106,8 +173,9 @@ def _load_blocks(
     return model, found[-1], report
 
 
-def block_bytes(source: ModelSource, dtype: torch.dtype | None) -> tuple[int, ...]:
-    """Memory of each block's weights, in bytes, when they are loaded as `dtype` (None: as the configuration says).
+def block_bytes(source: ModelSource, dtype: torch.dtype | None, quantization: Quantization = "none") -> tuple[int, ...]:
+    """Memory of each block's weights, in bytes, when they are loaded as `dtype` (None: as the configuration says) and
+    quantised.
 
     Read off the skeleton; neither the weights nor their headers are needed.
 
@@ -119,7 +187,7 @@ def block_bytes(source: ModelSource, dtype: torch.dtype | None) -> tuple[int, ..
     skeleton = meta_skeleton(model_class(config), config)
     wanted = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     return tuple(
-        sum(p.numel() * (wanted.itemsize if p.is_floating_point() else p.itemsize) for p in block.parameters())
+        quantized_nbytes(block, quantization, wanted.itemsize)[0]
         for block in find_block_stack(skeleton).blocks(skeleton)
     )
 
@@ -138,13 +206,22 @@ class SpanModel:
         extras: names of the tensors that `step` needs beside the hidden states.
         legal_cuts: where a part of the span may begin and end.
         takes_positions: does the decoder take position ids?
-        dtype, device: of the weights, and of the hidden states that `step` takes and gives.
+        quantization: of the linear layers.
+        dtype, device: of the weights that are not quantised, and of the hidden states that `step` takes and gives.
         hidden_dtypes: the same, and float32 where the architecture adds up hidden states in it (mamba, mamba2).
     """
 
-    def __init__(self, model: PreTrainedModel, stack: BlockStack, span: Span, report: LoadReport) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stack: BlockStack,
+        span: Span,
+        report: LoadReport,
+        quantization: Quantization = "none",
+    ) -> None:
         self.span = span
         self.report = report
+        self.quantization = quantization
         # The weights keep requires_grad, as transformers leaves it: torch.matmul chooses kernels by it, under no_grad
         # too, so that jamba and mamba would round differently without.
         self.model = model
@@ -158,7 +235,8 @@ class SpanModel:
         self.dtype = cast(torch.dtype, model.config.dtype)
         self.hidden_dtypes = hidden_dtypes(model.config)
         self._has_position_axes = _has_position_axes(model)
-        self.device = next(self.blocks[span.start].parameters()).device
+        first = self.blocks[span.start]  # without parameters where all its weights are quantised (olmo)
+        self.device = next(chain(first.parameters(), first.buffers())).device
         self.legal_cuts = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
         self._parameters = forward_parameters(self._decoder)
@@ -262,9 +340,7 @@ class SpanModel:
 
         Their parameters and buffers are the same tensors. The gates stay here.
         """
-        memo: dict[int, Any] = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
-        memo |= {id(self.config): config, id(text_config(self.config)): text_config(config)}
-        blocks = copy.deepcopy({i: self.blocks[i] for i in range(span.start, span.stop)}, memo)
+        blocks = _rebound({i: self.blocks[i] for i in range(span.start, span.stop)}, self.model, config)
         for block in blocks.values():
             del block.__dict__["forward"]  # this model's gate
         return blocks
@@ -370,6 +446,13 @@ class SpanModel:
             # Outside a table a GPU does not raise, it aborts the process.
             if low < self._positions[0] or high >= self._positions[1]:
                 raise BadMessage(f"position ids {low} to {high} lie outside the model's {self._positions}")
+
+
+def _rebound(blocks: Mapping[int, nn.Module], model: PreTrainedModel, config: PreTrainedConfig) -> dict[int, nn.Module]:
+    """Copies of blocks of `model` that share its tensors and refer to the configuration of another."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    memo |= {id(model.config): config, id(text_config(model.config)): text_config(config)}
+    return copy.deepcopy(dict(blocks), memo)
 
 
 def _has_position_axes(model: PreTrainedModel) -> bool:

@@ -6,16 +6,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.config import PeerConfig
 from peer.host import probe_kv_bytes
-from peer.loading import SpanLoader
+from peer.loading import SpanLoader, cpu_dtype
 from peer.memory import KV_TOKENS_MAX, KV_TOKENS_MIN, MARGIN_SHARE, blocks_that_fit, fewer_blocks, kv_tokens
-from protocol.errors import UserError
+from protocol.errors import ConfigError, UserError
 from protocol.span import Span
-from slicing import load_span, resolve
+from slicing import Quantization, load_span, resolve
 from tests.harness import served
 from tests.slicing.architectures import make_checkpoint
 
@@ -56,7 +57,7 @@ def test_too_little_memory_is_told_with_numbers() -> None:
     ) as error:
         blocks_that_fit(500 * mib, [100 * mib] * 24, (0, 6, 24), 10 * mib, what="memory of cuda:0")
     assert "400 MiB of 500 MiB free memory of cuda:0" in error.value.message
-    assert "--dtype bfloat16" in error.value.message
+    assert "--quantization int8" in error.value.message
 
 
 CUTS = st.sets(st.integers(1, 23)).map(lambda inner: (0, *sorted(inner), 24))
@@ -118,3 +119,30 @@ def test_a_loader_goes_by_the_memory_that_is_free(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("peer.memory.free_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="not even 1 of the model's 6 blocks fits"):
         loader.num_blocks()
+
+
+def test_quantised_blocks_take_less_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("llama", tmp_path)
+    monkeypatch.setattr("peer.memory.free_bytes", lambda device: 400_000)
+    source, fits = resolve(str(tmp_path)), {}
+    kinds: tuple[Quantization, ...] = ("none", "int8", "nf4")
+    for quantization in kinds:
+        config = PeerConfig(kv_tokens=10, device="cpu", quantization=quantization)
+        fits[quantization] = SpanLoader.choose(config, source, served(tmp_path)).num_blocks()
+    assert fits["none"] < fits["int8"] <= fits["nf4"], fits
+
+
+def test_a_device_without_kernels_for_quantised_weights_is_refused(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    config = PeerConfig(device="meta", quantization="int8")
+    with pytest.raises(ConfigError, match="--quantization int8 works on cpu and cuda, not on meta"):
+        SpanLoader.choose(config, resolve(str(tmp_path)), served(tmp_path))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False])
+def test_auto_computes_in_bfloat16_only_where_nothing_is_lost(
+    stored: torch.dtype | None, multiplies_bfloat16: bool
+) -> None:
+    expected = torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16 else torch.float32
+    assert cpu_dtype(stored, multiplies_bfloat16=multiplies_bfloat16) == expected
