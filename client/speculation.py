@@ -3,8 +3,8 @@
 The one place that knows transformers' decode loop from within (`GenerationMixin._prefill`,
 `prepare_inputs_for_generation`, `_update_model_kwargs_for_generation`, all semi-private). Its own assisted decoding is
 not used: here each token is chosen, streamed and checked against the stopping criteria by itself, in order, as in the
-plain loop. So an answer is the plain loop's token for token, a sampled one from the same seed too: a guess is kept if it
-is what would have been drawn.
+plain loop. So an answer is the plain loop's token for token, a sampled one from the same seed too: a guess is kept if
+it is what would have been drawn.
 """
 
 from __future__ import annotations
