@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
@@ -37,7 +37,7 @@ from slicing import (
 from slicing.skeleton import forward_parameters
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
