@@ -11,6 +11,7 @@ from protocol.errors import ConfigError
 SECTION = "client"
 
 CodecName = Literal["int8", "blockwise8", "bf16", "fp16", "none"]
+Speculate = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,21 @@ class ClientConfig:
         metadata={"help": "A prompt travels in chunks of so many tokens (rows x tokens) at most, several at once."},
     )
 
+    speculate: Speculate = field(
+        default="auto",
+        metadata={
+            "help": "auto: a step may carry guesses at the next tokens, where measured times say that this is faster;"
+            " the answer stays the same. off: one token per step."
+        },
+    )
+    draft: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of a small model with the same tokenizer, to guess the next tokens on this"
+            " machine; without it they are looked up in the text so far."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in (
             "open_timeout_s",
@@ -87,6 +103,10 @@ class ClientConfig:
                 raise ConfigError(f"{name} is a list of peers, not {getattr(self, name)!r}")
         if too_short := [name for name in self.trust if len(name) < MIN_END_CHARS]:
             raise ConfigError(f"--trust takes {MIN_END_CHARS} or more characters of a peer's id, not {too_short[0]!r}")
+        if self.draft is not None and self.speculate == "off":
+            raise ConfigError(
+                "--draft names a model that guesses, and --speculate off allows no guesses: leave out one"
+            )
         if self.trusted_only and not self.trust:
             raise ConfigError("--trusted-only leaves no peer: name those you trust with --trust PEER")
 

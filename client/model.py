@@ -10,14 +10,30 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from client.chain import Link
 from client.config import ClientConfig
+from client.open_chain import SessionStats
 from client.remote import RemoteBlocks
+from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
 from client.swarm import Swarm
+from client.window import Window
 from protocol.errors import ConfigError
-from slicing import Head, ModelSource, Progress, RemoteCache, fingerprint, load_config, load_head, n_blocks, resolve
+from slicing import (
+    Head,
+    ModelSource,
+    Progress,
+    RemoteCache,
+    fingerprint,
+    load_config,
+    load_head,
+    model_class,
+    n_blocks,
+    resolve,
+)
 from slicing.skeleton import forward_parameters
 
 if TYPE_CHECKING:
@@ -74,7 +90,7 @@ def _common_prefix(a: Tensor, b: Tensor) -> int:
     return int(equal.long().cumprod(0).sum())
 
 
-def _window(config: PreTrainedConfig) -> int | None:
+def _max_cached(config: PreTrainedConfig) -> int | None:
     """From how many tokens on a cache of the model cannot be cropped, since windows and running states forget."""
     windows: list[int] = []
     for layer in DynamicCache(config=config).layers:
@@ -89,11 +105,18 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     """What `SwarmModelForCausalLM.from_pretrained` gives: an instance of the architecture's class, and of this one.
 
     `generate`, `forward` and the rest are Hugging Face's. Use it as a context manager, or `close` it.
+
+    Attributes:
+        speculates: may steps carry guesses at the next tokens? See `ClientConfig.speculate`.
+        draft: a local model that makes the guesses; None: they are looked up in the text so far.
     """
 
     swarm: Swarm
     source: ModelSource
     blocks: RemoteBlocks
+    speculates: bool
+    draft: PreTrainedModel | None
+    _window: Window
     _owns_swarm: bool
     _session: GenerationSession | None
 
@@ -109,7 +132,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         """
         if self._session is not None:
             raise RuntimeError("a session of this model is open already; use one at a time")
-        self._session = session = GenerationSession(max_tokens, _window(self.config))
+        self._session = session = GenerationSession(max_tokens, _max_cached(self.config))
         try:
             yield session
         finally:
@@ -142,6 +165,55 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         expected = session.max_tokens if session is not None else generation_config.max_length
         self.blocks.expected_tokens = int(expected or 0)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ decoding; transformers' names, semi-private
+
+    def _sample(self, input_ids: Tensor, **arguments: Any) -> Any:  # type: ignore[override]
+        """transformers' greedy and sampling loop; ours where guesses may save round trips."""
+        return self._decode(input_ids, self.draft, cast(Any, super())._sample, arguments)
+
+    def _assisted_decoding(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_tensor: Tensor | None = None, assistant_model: Any = None, **arguments: Any
+    ) -> Any:
+        """transformers' assisted loop; ours for a greedy answer that a draft model with the same tokenizer assists."""
+        config = arguments["generation_config"]
+        assisted = cast(Any, super())._assisted_decoding
+        others = (config.prompt_lookup_num_tokens, config.assistant_early_exit, config.assistant_ensemble_weight)
+        if (
+            config.do_sample
+            or config.use_mtp
+            or assistant_model is None
+            or any(other is not None for other in others)
+            or arguments.get("assistant_tokenizer") is not None
+            or not _is_plain_draft(assistant_model)
+        ):
+            return assisted(input_ids, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **arguments)
+
+        def plain(input_ids: Tensor, **arguments: Any) -> Any:
+            return assisted(input_ids, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **arguments)
+
+        return self._decode(input_ids, assistant_model, plain, arguments)
+
+    def _decode(self, input_ids: Tensor, draft: Any, plain: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The speculating loop where it can make this answer, else `plain`."""
+        config, synced = arguments["generation_config"], bool(arguments.get("synced_gpus"))
+        most = _max_cached(self.config)
+        if not self.speculates or most == 0 or not can_speculate(self, input_ids, config, arguments, synced):
+            return plain(input_ids, **arguments)
+        rest = dict(arguments)
+        processor, criteria = rest.pop("logits_processor"), rest.pop("stopping_criteria")
+        streamer = rest.pop("streamer", None)
+        for name in ("generation_config", "synced_gpus", "tokenizer"):
+            rest.pop(name, None)
+        drafter: Drafter = Lookup()
+        if draft is not None and rest.get("inputs_embeds") is None:
+            drafter = Draft(AssistedCandidateGenerator(cast(Any, input_ids), draft, config, rest, None, processor))
+        loop = Loop(self._window, drafter, self._stats_of, most)
+        return loop.run(self, input_ids, processor, criteria, config, streamer, rest)
+
+    def _stats_of(self, cache: RemoteCache) -> SessionStats | None:
+        session = self.blocks.session_of(cache)
+        return None if session is None else session.stats
 
     @property
     def chain(self) -> tuple[Link, ...]:
@@ -227,4 +299,32 @@ def _build(
     model = cast(SwarmModel, head)
     model.swarm, model.source, model.blocks = swarm, source, blocks
     model._owns_swarm, model._session = owns_swarm, None
+    model.speculates, model.draft, model._window = config.speculate == "auto", None, Window()
+    if config.draft is not None:
+        model.draft = _load_draft(config.draft, model)
     return model
+
+
+def _load_draft(name: str, model: SwarmModel) -> PreTrainedModel:
+    """A whole model on this machine, to guess with.
+
+    Raises:
+        ConfigError: its tokens cannot be the model's.
+    """
+    source = resolve(name)
+    config = load_config(source)
+    ours, theirs = (c.get_text_config().vocab_size for c in (model.config, config))
+    if ours != theirs:
+        raise ConfigError(
+            f"the draft model {source.name!r} has {theirs} tokens and {model.source.name!r} {ours}: use one with the"
+            " same tokenizer"
+        )
+    kind = cast(Any, model_class(config))
+    draft: PreTrainedModel = kind.from_pretrained(source.location, revision=source.revision, dtype=torch.float32)
+    cast(Any, draft).to(model.device)
+    return draft.eval()
+
+
+def _is_plain_draft(model: PreTrainedModel) -> bool:
+    """Does it need nothing but token ids? Some of transformers' assistants look into the model that they assist."""
+    return isinstance(model, GenerationMixin) and not type(model).__name__.startswith("Gemma4")

@@ -85,6 +85,7 @@ class SessionStats:
     relayed: int = 0  # steps that the client carried from one hop to the next
     reroutes: int = 0  # hops that were replaced
     busy_s: float = 0.0  # in steps, recoveries counted
+    compute_s: float = 0.0  # of these, what the peers computed, as they say
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -429,6 +430,7 @@ class OpenChain:
         """What the peers said of a step's cost, for routes to come."""
         by_start = {hop.link.span.start: hop.link for hop in self.hops}
         for cost in result.trace:
+            self._stats.compute_s += cost.compute_ms / 1e3
             if (link := by_start.get(cost.start)) is not None:
                 self._peers.stopwatch.note(
                     link.peer.peer_id,

@@ -1,0 +1,253 @@
+"""Several tokens per round trip: the decode loop that lets the swarm check guesses, and those who make the guesses.
+
+The one place that knows transformers' decode loop from within (`GenerationMixin._prefill`,
+`prepare_inputs_for_generation`, `_update_model_kwargs_for_generation`, all semi-private). Its own assisted decoding is
+not used: here each token is chosen, streamed and checked against the stopping criteria by itself, in order, as in the
+plain loop. So an answer is the plain loop's token for token, a sampled one from the same seed too: a guess is kept if
+it is what would have been drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from client.ngrams import Match, NgramIndex
+from client.open_chain import SessionStats
+from client.window import MODEL, MOST_GUESSES, Window, kind_of
+from slicing import RemoteCache
+
+DRAFT_DECAY = 0.9  # per drafted step, of the measured time per drafted token
+
+
+class Drafter(Protocol):
+    """Makes guesses for one answer."""
+
+    def guess(self, ids: Tensor, window: Window, limit: int) -> list[int]:
+        """At most `limit` tokens that may follow `ids`, int64 [1, n]; none where that would not pay."""
+
+    def learn(self, window: Window, chosen: Sequence[int], guesses: int, right: int) -> None:
+        """The step gave the tokens `chosen`: `right` of its guesses, and one more."""
+
+    @property
+    def draft_s(self) -> float:
+        """What making one guess costs."""
+
+
+class Lookup:
+    """Guesses from the text so far. Where it makes none, it still learns whether one would have been right."""
+
+    draft_s = 0.0
+
+    def __init__(self) -> None:
+        self._index = NgramIndex()
+        self._match: Match | None = None
+        self._first = 0  # the first token after the match, guessed or not
+
+    def guess(self, ids: Tensor, window: Window, limit: int) -> list[int]:
+        self._index.extend(ids[0, len(self._index) :].tolist())
+        self._match = match = self._index.match()
+        if match is None:
+            return []
+        guesses = window.choose(kind_of(match.length), limit)
+        tokens = self._index.continuation(match, max(1, guesses))
+        self._first = tokens[0]
+        return tokens[:guesses]
+
+    def learn(self, window: Window, chosen: Sequence[int], guesses: int, right: int) -> None:
+        if self._match is None:
+            return
+        if guesses == 0:
+            right, guesses = int(chosen[0] == self._first), 1
+        window.acceptance.note(kind_of(self._match.length), right, missed=right < guesses)
+
+
+class Draft:
+    """Guesses from a small model on this machine, with the same tokenizer; always its likeliest tokens.
+
+    Args:
+        generator: transformers' own, whose cache follows the answer.
+    """
+
+    def __init__(self, generator: AssistedCandidateGenerator) -> None:
+        self._generator = generator
+        self._generator.generation_config.do_sample = False  # draws nothing: the answer's random numbers stay its own
+        self._draft_s: float | None = None
+
+    @property
+    def draft_s(self) -> float:
+        return self._draft_s or 0.0
+
+    def guess(self, ids: Tensor, window: Window, limit: int) -> list[int]:
+        guesses = window.choose(MODEL, limit, self.draft_s)
+        if guesses == 0:
+            return []
+        self._generator.num_assistant_tokens = guesses
+        started_s = time.perf_counter()
+        found, _ = self._generator.get_candidates(cast(Any, ids))
+        tokens: list[int] = found[0, ids.shape[1] :].tolist()
+        if tokens:
+            each_s = (time.perf_counter() - started_s) / len(tokens)
+            before_s = each_s if self._draft_s is None else self._draft_s
+            self._draft_s = DRAFT_DECAY * before_s + (1 - DRAFT_DECAY) * each_s
+        return tokens
+
+    def learn(self, window: Window, chosen: Sequence[int], guesses: int, right: int) -> None:
+        if guesses:
+            window.acceptance.note(MODEL, right, missed=right < guesses)
+        else:
+            window.acceptance.fade(MODEL)
+
+
+def can_speculate(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any], synced_gpus: bool) -> bool:
+    """Is this an answer that `decode` can make: one row, a cache that can be cropped, nothing asked for but its tokens?
+
+    Scores and states are left to the plain loop: their last bits depend on how many tokens a step has.
+    """
+    wants_more = config.return_dict_in_generate and (
+        config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states
+    )
+    return (
+        ids.shape[0] == 1
+        and isinstance(kwargs.get("past_key_values"), RemoteCache)
+        and bool(kwargs.get("use_cache"))
+        and not (synced_gpus or wants_more or config.is_assistant or model._is_stateful)
+    )
+
+
+@dataclass
+class Loop:
+    """One answer's decode loop.
+
+    Attributes:
+        window: the rule, which learns.
+        drafter: who guesses.
+        stats: what the session did so far; asked before and after each step.
+        max_cached: from so many tokens on the cache cannot be cropped; None: it always can.
+    """
+
+    window: Window
+    drafter: Drafter
+    stats: Callable[[RemoteCache], SessionStats | None]
+    max_cached: int | None = None
+    _step_s: float = field(default=0.0, init=False)  # of the last step
+    _work_s: float = field(default=0.0, init=False)  # of these, computation
+
+    def run(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """As `GenerationMixin._sample`, for one row: int64 [1, n], or transformers' output where that is asked for."""
+        cache: RemoteCache = model_kwargs["past_key_values"]
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        ends = frozenset(() if eos is None else eos.flatten().tolist())
+        self.window.begin()
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        guessed: list[int] = []
+        is_first = True
+        while True:
+            logits = outputs.logits[:, -len(guessed) - 1 :].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            chosen: list[int] = []
+            finished = False
+            for index in range(len(guessed) + 1):
+                scores = logits_processor(input_ids, logits[:, index])
+                token = _choose(scores, sample=bool(generation_config.do_sample))
+                input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+                chosen.append(int(token))
+                finished = bool(stopping_criteria(input_ids, None).all())
+                if streamer is not None:
+                    streamer.put(token.cpu())
+                if finished or index == len(guessed) or chosen[-1] != guessed[index]:
+                    break
+            right = len(chosen) - 1
+            if right < len(guessed):
+                cache.crop(right - len(guessed))
+            model_kwargs = model._update_model_kwargs_for_generation(
+                outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=len(chosen)
+            )
+            if not is_first:
+                self._learn(chosen, guessed, finished)
+            if finished:
+                break
+            is_first = False
+            guessed = self._guess(input_ids, cache, generation_config.max_length, ends)
+            outputs = self._step(model, input_ids, guessed, cache, model_kwargs)
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=cast(Any, input_ids), past_key_values=cache)
+        return input_ids
+
+    def _guess(self, ids: Tensor, cache: RemoteCache, max_length: int, ends: frozenset[int]) -> list[int]:
+        """Nothing is guessed beyond the answer's longest length, an end, or what can be cropped."""
+        limit = min(MOST_GUESSES, max_length - ids.shape[1] - 1)
+        if self.max_cached is not None:
+            limit = min(limit, self.max_cached - cache.n_tokens - 2)
+        tokens = self.drafter.guess(ids, self.window, max(0, limit))
+        first_end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        return tokens[: first_end + 1]
+
+    def _step(self, model: Any, ids: Tensor, guessed: list[int], cache: RemoteCache, kwargs: dict[str, Any]) -> Any:
+        before, started_s = self._busy(cache), time.perf_counter()
+        length = len(guessed) + 1
+        if guessed:
+            ids = torch.cat([ids, torch.tensor([guessed], dtype=ids.dtype, device=ids.device)], dim=-1)
+            kwargs = _longer(kwargs, len(guessed))
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **kwargs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = length
+        outputs = model(**inputs, return_dict=True)
+        self._step_s = time.perf_counter() - started_s
+        after = self._busy(cache)
+        network_s = (after[0] - before[0]) - (after[1] - before[1])
+        self._work_s = min(max(0.0, self._step_s - network_s), self._step_s)
+        return outputs
+
+    def _busy(self, cache: RemoteCache) -> tuple[float, float]:
+        """Seconds in steps so far, and of these in the peers' computation."""
+        stats = self.stats(cache)
+        return (0.0, 0.0) if stats is None else (stats.busy_s, stats.compute_s)
+
+    def _learn(self, chosen: list[int], guessed: list[int], finished: bool) -> None:
+        right = len(chosen) - 1
+        self.window.note_step(len(guessed), right, self._step_s, self._work_s, self.drafter.draft_s)
+        # An answer that ended among right guesses says nothing against those after its end.
+        was_right = right + int(finished and right < len(guessed) and chosen[-1] == guessed[right])
+        judged = was_right if finished and was_right > right else len(guessed)
+        self.drafter.learn(self.window, chosen, judged, was_right)
+
+
+def _choose(scores: Tensor, *, sample: bool) -> Tensor:
+    """The next token, int64 [1], of scores [1, vocabulary]; drawn as the plain loop draws it."""
+    if sample:
+        return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+    return scores.argmax(dim=-1)
+
+
+def _longer(kwargs: dict[str, Any], guesses: int) -> dict[str, Any]:
+    """The loop's keywords for a step with so many more tokens; what was given stays as it is."""
+    longer = dict(kwargs)
+    if (mask := kwargs.get("attention_mask")) is not None:
+        longer["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], guesses))], dim=-1)
+    if (positions := kwargs.get("position_ids")) is not None:
+        shape = [1] * (positions.dim() - 1) + [-1]
+        more = torch.arange(1, guesses + 1, dtype=positions.dtype, device=positions.device).view(shape)
+        longer["position_ids"] = torch.cat([positions, positions[..., -1:] + more], dim=-1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if (types := kwargs.get(name)) is not None:
+            last = types[:, -1:] if name == "token_type_ids" else types.new_zeros((types.shape[0], 1))
+            longer[name] = torch.cat([types, last.expand(-1, guesses)], dim=-1)
+    return longer
