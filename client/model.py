@@ -320,9 +320,8 @@ def _load_draft(name: str, model: SwarmModel) -> PreTrainedModel:
             " same tokenizer"
         )
     kind = cast(Any, model_class(config))
-    draft: PreTrainedModel = kind.from_pretrained(source.location, revision=source.revision, dtype=torch.float32)
-    cast(Any, draft).to(model.device)
-    return draft.eval()
+    draft = kind.from_pretrained(source.location, revision=source.revision, dtype=torch.float32, use_safetensors=True)
+    return cast("PreTrainedModel", draft.to(model.device).eval())
 
 
 def _is_plain_draft(model: PreTrainedModel) -> bool:

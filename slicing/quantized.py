@@ -1,17 +1,19 @@
 """Weights of blocks in 8 or 4 bits: linear layers replaced by ones that keep them so, and compute as before.
 
-`int8` has a scale per output row (absmax); on a CPU the activations are in bfloat16, on a GPU bitsandbytes rounds each
-row of them to 8 bits by a scale of its own (LLM.int8(), arXiv:2208.07339, without its outlier columns, which would be
-chosen by all rows of a batch together). `nf4` is that of QLoRA (arXiv:2305.14314), by bitsandbytes, 64 weights to a
-scale. With both, what one row of a batch holds changes nothing for another.
+`int8` has a scale per output row (absmax), and rounds each row of activations to 8 bits (7 on a CPU) by a scale of its
+own: on a CPU by fbgemm, on a GPU by bitsandbytes (LLM.int8(), arXiv:2208.07339, without its outlier columns, which
+would be chosen by all rows of a batch together). `nf4` is that of QLoRA (arXiv:2305.14314), by bitsandbytes, 64 weights
+to a scale. With both, what one row of a batch holds changes nothing for another.
 
 Only linear layers are replaced. What is fused in other parameters (experts of most mixtures) stays as it is.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 Quantization = Literal["none", "int8", "nf4"]
 
+REDUCE_RANGE: Final = True
+"""7 bits: without it the sums of two products overflow 16 bits on CPUs without VNNI."""
 NF4_BLOCK = 64
 """So many weights, in the order of memory, share a scale."""
 SMALLEST = 32
@@ -63,29 +67,65 @@ class QuantizedLinear(nn.Module):
 
 
 class Int8Linear(QuantizedLinear):
-    """Buffers: packed int8 [out_features, in_features]; scale bfloat16 [out_features]."""
+    """On a CPU, by fbgemm's kernel, for which it keeps the weights in an order of its own.
 
-    packed: Tensor
+    That kernel rounds all rows of x to 8 bits by one scale, so that each would change the others. Here it is given rows
+    of absmax 1, and one more, of 1 and -1: then the scale is always the same.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        values, scale = int8_weight(weight)
+        zeros = torch.zeros_like(scale, dtype=torch.long)
+        with warnings.catch_warnings():
+            # torch means to drop tensors of quantised dtypes some day; its kernels take weights in no other form yet.
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+            rounded = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+        self.packed: Any = torch.ops.quantized.linear_prepack(rounded, None)
+        self.packed_nbytes = values.nbytes + scale.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()).to(self.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """For digests: the weights as they are in memory, but for their order."""
+        return cast(Tensor, torch.ops.quantized.linear_unpack(self.packed)[0].int_repr())
+
+    def _product(self, x: Tensor) -> Tensor:
+        absmax = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).float()
+        # What is infinite, or no number, would be everybody's: it is left out, and comes back with absmax.
+        rows = torch.cat([x / absmax, _fence(self.in_features)]).nan_to_num_(nan=0.0)
+        product: Tensor = torch.ops.quantized.linear_dynamic(rows, self.packed, REDUCE_RANGE)[:-1] * absmax
+        return product.to(x.dtype)
+
+
+@cache
+def _fence(width: int) -> Tensor:
+    """float32 [1, width]: 1, -1, and zeros."""
+    row = torch.zeros(1, width)
+    row[0, 0], row[0, 1] = 1.0, -1.0
+    return row
+
+
+class Int8DeviceLinear(QuantizedLinear):
+    """On a GPU. Buffers: values int8 [out_features, in_features]; scale float32 [out_features]."""
+
+    values: Tensor
     scale: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        values = weight.detach().float().contiguous()
-        scale = (values.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
-        packed = (values / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        self.register_buffer("packed", packed)
+        values, scale = int8_weight(weight)
+        self.register_buffer("values", values)
         self.register_buffer("scale", scale)
 
     @property
     def weight(self) -> Tensor:
-        return self.packed.to(self.dtype) * self.scale.to(self.dtype)[:, None]
+        return self.values.to(self.dtype) * self.scale.to(self.dtype)[:, None]
 
     def _product(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            # In bfloat16 whatever x is: torch's kernel for float32 is a plain loop, ten times slower and more.
-            product: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.packed, self.scale)
-            return product.to(x.dtype)
-        return int8_rows(x, self.packed, self.scale)
+        return int8_rows(x, self.values, self.scale)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -108,17 +148,18 @@ class Nf4Linear(QuantizedLinear):
     def weight(self) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return cast(Tensor, dequantize_4bit(self.packed, self._state()))
+        return dequantize_4bit(self.packed, self._state())
 
     def _product(self, x: Tensor) -> Tensor:
-        from bitsandbytes import matmul_4bit
+        from bitsandbytes.autograd._functions import matmul_4bit
 
         return cast(Tensor, matmul_4bit(x, self.packed.t(), quant_state=self._state()))
 
     def _state(self) -> QuantState:
         from bitsandbytes.functional import QuantState
 
-        return QuantState(
+        made: Any = QuantState  # it has no types
+        state: QuantState = made(
             absmax=self.scale,
             shape=torch.Size((self.out_features, self.in_features)),
             code=self.code,
@@ -126,14 +167,32 @@ class Nf4Linear(QuantizedLinear):
             quant_type="nf4",
             dtype=self.dtype,
         )
+        return state
 
 
-def int8_rows(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """x W^T of x [n, in] with W = packed [out, in] int8 * scale [out], by bitsandbytes: x rounded to 8 bits by rows."""
+def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W [out, in] as whole numbers, int8 [out, in], and the scale of each row, float32 [out]: absmax / 127."""
+    exact = weight.detach().float().contiguous()
+    scale = (exact.abs().amax(dim=1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (exact / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def packed_objects(module: nn.Module) -> dict[int, Any]:
+    """What layers inside `module` keep beside parameters and buffers, by id: to be shared by copies."""
+    return {id(layer.packed): layer.packed for layer in module.modules() if isinstance(layer, Int8Linear)}
+
+
+def packed_nbytes(module: nn.Module) -> int:
+    """Memory of that, in bytes."""
+    return sum(layer.packed_nbytes for layer in module.modules() if isinstance(layer, Int8Linear))
+
+
+def int8_rows(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of x [n, in] with W = values [out, in] int8 * scale [out], by bitsandbytes: x rounded to 8 bits by rows."""
     from bitsandbytes import functional as bnb
 
     rows, row_absmax, _ = bnb.int8_vectorwise_quant(x.to(torch.float16))
-    product = bnb.int8_linear_matmul(rows, packed)
+    product = bnb.int8_linear_matmul(rows, values)
     return cast(Tensor, bnb.int8_mm_dequant(product, row_absmax, scale.float() * 127)).to(x.dtype)
 
 
@@ -141,10 +200,10 @@ def quantize(module: nn.Module, kind: Quantization) -> None:
     """Replace the linear layers inside `module`, one after the other; their full-size weights are free then."""
     if kind == "none":
         return
-    made = Int8Linear if kind == "int8" else Nf4Linear
     for name, layer in list(linear_layers(module)):
         parent, _, attribute = name.rpartition(".")
         weight = layer.weight if isinstance(layer, nn.Linear) else cast(Tensor, layer.weight).t()
+        made = Nf4Linear if kind == "nf4" else Int8Linear if weight.device.type == "cpu" else Int8DeviceLinear
         setattr(module.get_submodule(parent), attribute, made(weight, cast("Tensor | None", layer.bias)))
 
 
@@ -173,7 +232,7 @@ def quantized_nbytes(module: nn.Module, kind: Quantization, itemsize: int) -> tu
         total -= weight.numel() * itemsize
         rows = weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
         if kind == "int8":
-            packed += weight.numel() + rows * 2
+            packed += weight.numel() + rows * 4
         else:
             packed += -(-weight.numel() // 2) + -(-weight.numel() // NF4_BLOCK) * 4 + 16 * 4
     return total + packed, total

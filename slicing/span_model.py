@@ -18,7 +18,7 @@ from slicing.config import hidden_dtypes, hidden_size, load_config, model_class,
 from slicing.cuts import check_architecture, check_span, legal_cuts
 from slicing.gates import Pass, gate
 from slicing.loading import LoadReport, Progress, is_out_of_memory, load
-from slicing.quantized import Quantization, quantize, quantized_nbytes
+from slicing.quantized import Quantization, packed_nbytes, packed_objects, quantize, quantized_nbytes
 from slicing.skeleton import (
     BlockStack,
     drop_all_but_blocks,
@@ -347,7 +347,8 @@ class SpanModel:
 
     def nbytes(self) -> int:
         """Memory of the weights, in bytes."""
-        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(tensor.nbytes for tensor in tensors) + packed_nbytes(self.model)
 
     def example_inputs(self, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Zeros that `step` takes: hidden states [*streams, 1, tokens, H], and extras. For measuring."""
@@ -451,6 +452,7 @@ class SpanModel:
 def _rebound(blocks: Mapping[int, nn.Module], model: PreTrainedModel, config: PreTrainedConfig) -> dict[int, nn.Module]:
     """Copies of blocks of `model` that share its tensors and refer to the configuration of another."""
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    memo |= packed_objects(model)
     memo |= {id(model.config): config, id(text_config(model.config)): text_config(config)}
     return copy.deepcopy(dict(blocks), memo)
 

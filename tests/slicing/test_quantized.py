@@ -13,13 +13,21 @@ from transformers.pytorch_utils import Conv1D
 
 from protocol.span import Span
 from slicing import ModelSource, SpanModel, block_bytes, block_digests, load_span, move_span
-from slicing.quantized import Int8Linear, Nf4Linear, Quantization, QuantizedLinear, int8_rows
+from slicing.quantized import (
+    Int8DeviceLinear,
+    Int8Linear,
+    Nf4Linear,
+    Quantization,
+    QuantizedLinear,
+    int8_rows,
+    packed_nbytes,
+)
 from tests.slicing.architectures import N_BLOCKS
 
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
 FAMILIES = ("llama", "qwen3_moe", "gpt2", "gemma3_text", "jamba")
 LAYERS = (Int8Linear, Nf4Linear)
-ERROR = {"int8": 0.03, "nf4": 0.3}
+ERROR = {"int8": 0.06, "nf4": 0.3}
 """Relative to what the blocks add to the hidden states."""
 
 
@@ -56,7 +64,10 @@ def test_the_memory_of_quantised_blocks_is_known_beforehand(
     name: str, kind: Quantization, source: Callable[[str], ModelSource]
 ) -> None:
     blocks = load_span(source(name), Span(0, N_BLOCKS), quantization=kind).blocks
-    exact = [sum(t.nbytes for t in [*blocks[i].parameters(), *blocks[i].buffers()]) for i in range(N_BLOCKS)]
+    exact = [
+        sum(t.nbytes for t in [*blocks[i].parameters(), *blocks[i].buffers()]) + packed_nbytes(blocks[i])
+        for i in range(N_BLOCKS)
+    ]
     assert block_bytes(source(name), torch.float32, kind) == pytest.approx(exact, rel=0.05)
 
 
@@ -120,18 +131,18 @@ def test_the_kernel_multiplies_by_the_weight_that_the_layer_shows(
         product = made(x)
     expected = nn.functional.linear(x, made.weight, bias)
     assert product.dtype == dtype
-    assert torch.allclose(product.float(), expected.float(), rtol=0.02, atol=0.1)
+    assert (product - expected).float().norm() / expected.float().norm() < 0.03
 
 
 @torch.inference_mode()
 def test_what_a_gpu_computes_rounds_each_row_by_itself() -> None:
-    made = Int8Linear(weights(), None)
+    made = Int8DeviceLinear(weights(), None)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
     expected = x @ weights().T
-    product = int8_rows(x, made.packed, made.scale)
+    product = int8_rows(x, made.values, made.scale)
     assert (product - expected).norm() / expected.norm() < 0.02
     x[1:] = 1e4
-    assert torch.equal(int8_rows(x, made.packed, made.scale)[0], product[0])
+    assert torch.equal(int8_rows(x, made.values, made.scale)[0], product[0])
 
 
 def test_zeros_stay_zeros() -> None:
