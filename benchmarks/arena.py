@@ -42,12 +42,14 @@ class Tuning:
         unsplit_threads: of the unsplit model's operations.
         peer_threads, client_threads: of a peer's, and of a client's head.
         passive: OpenMP's threads sleep between two operations instead of spinning, in peers and clients.
+        unsplit_passive: the same in the unsplit model's process.
     """
 
     unsplit_threads: int = 2
     peer_threads: int = 2
     client_threads: int = 1
     passive: bool = True
+    unsplit_passive: bool = False
 
 
 TUNING = Tuning()
@@ -218,23 +220,40 @@ class Arena:
             self,
             threads,
             self.tuning.passive,
-            [*command, "serve", "--model", model, "--blocks", span, "--threads", str(threads), *where, *joins, *options],
+            [
+                *command,
+                "serve",
+                "--model",
+                model,
+                "--blocks",
+                span,
+                "--threads",
+                str(threads),
+                *where,
+                *joins,
+                *options,
+            ],
             talks=False,
         )
 
     def peers(self, model: str, spans: Sequence[str], *options: str, **how: Any) -> list[Peer]:
         """One peer per span, all of them serving."""
         found = [self.start_peer(model, spans[0], *options, **how)]
-        self.maddr = found[0].ready().maddr
+        self.maddr = self.maddr or found[0].ready().maddr
         found += [self.start_peer(model, span, *options, **how) for span in spans[1:]]
-        for peer in found[1:]:
+        for peer in found:
             peer.ready()
         return found
+
+    def bootstrap(self) -> None:
+        """A node through which peers meet, whichever of them die."""
+        node = Process(self, 1, True, ["dht", "bootstrap", "--host", "127.0.0.1", "--no-lan"], talks=False)
+        self.maddr = node.says(r"^(?:join )?(/\S+/p2p/\S+)")[1]
 
     def unsplit(self, folder: str) -> Subject:
         """The reference: the whole model in a process of its own."""
         threads = self.tuning.unsplit_threads
-        subject = Subject(self, threads, False, ["benchmarks.subject"], talks=True)
+        subject = Subject(self, threads, self.tuning.unsplit_passive, ["benchmarks.subject"], talks=True)
         subject.do("unsplit", folder=folder, threads=threads)
         return subject
 

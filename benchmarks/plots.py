@@ -9,7 +9,12 @@ from typing import Any
 from benchmarks.result import Plot
 
 SIZE_INCHES = (4.6, 3.2)  # of one panel
-SETTINGS: dict[str, Any] = {"svg.hashsalt": "potluck", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+SETTINGS: dict[str, Any] = {
+    "svg.hashsalt": "potluck",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.family": "sans-serif",
+}
 
 
 def draw(plots: Sequence[Plot], path: Path) -> None:

@@ -30,7 +30,11 @@ costs, and swarms under churn have pages of their own: [codecs](codecs.md), [acc
 def write(folder: Path = FOLDER, page: Path = PAGE) -> None:
     """The page and its plots. Scenarios without a result are left out."""
     found = [load(folder / f"{name}.json") for name in MEASURED if (folder / f"{name}.json").is_file()]
-    parts = [INTRODUCTION, "## Numbers to hold\n", bars_table([(result, bar) for result, _ in found for bar in result.bars])]
+    parts = [
+        INTRODUCTION,
+        "## Numbers to hold\n",
+        bars_table([(result, bar) for result, _ in found for bar in result.bars]),
+    ]
     for result, where in found:
         parts.append(section(result, where, folder.name))
         if result.plots:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from protocol.command import tame_libraries
@@ -81,11 +81,12 @@ class Bench:
         self._is_remote = True
         return self.do_see(peers)
 
-    def do_see(self, peers: int) -> dict[str, Any]:
-        """Waits until the client sees exactly so many peers that serve."""
-        while peers:
+    def do_see(self, peers: int = 0, ids: Sequence[str] = ()) -> dict[str, Any]:
+        """Waits until the client sees so many peers that serve (or more), these among them."""
+        while peers or ids:
             view = self._model.swarm.refresh()
-            if sum(len(view.online(model.fingerprint)) for model in view.models) == peers:
+            seen = {peer.peer_id for model in view.models for peer in view.online(model.fingerprint)}
+            if len(seen) >= peers and seen >= set(ids):
                 break
             time.sleep(LOOK_S)
         return {}

@@ -30,7 +30,9 @@ class Answer:
     @classmethod
     def of(cls, said: dict[str, Any]) -> Answer:
         """From what a subject said."""
-        return cls(said["started_s"], tuple(said["stamps_s"]), tuple(said["tokens"]), tuple(said["chain"]), said["steps"])
+        return cls(
+            said["started_s"], tuple(said["stamps_s"]), tuple(said["tokens"]), tuple(said["chain"]), said["steps"]
+        )
 
     @property
     def ended_s(self) -> float:
