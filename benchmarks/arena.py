@@ -62,7 +62,16 @@ class MeasurementFailed(Exception):
 class Process:
     """A `python -m ...` in its own process group."""
 
-    def __init__(self, arena: Arena, threads: int, passive: bool, arguments: Sequence[str], *, talks: bool) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        threads: int,
+        passive: bool,
+        arguments: Sequence[str],
+        *,
+        talks: bool,
+        namespace: str | None = None,
+    ) -> None:
         self.name = " ".join(arguments[:3])
         self.started_s = time.monotonic()
         stem = arena.home / f"{next(arena.numbers):03}"
@@ -72,7 +81,7 @@ class Process:
         kept |= {"OMP_NUM_THREADS": str(threads)} | ({"OMP_WAIT_POLICY": "PASSIVE"} if passive else {})
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [*(("ip", "netns", "exec", namespace) if namespace else ()), sys.executable, "-m", *arguments],
                 stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if talks else out,
                 stderr=err,
@@ -201,15 +210,23 @@ class Arena:
     maddr: str | None = None
 
     def start_peer(
-        self, model: str, span: str, *options: str, far: bool = False, command: Sequence[str] = ("peer",)
+        self,
+        model: str,
+        span: str,
+        *options: str,
+        far: bool = False,
+        command: Sequence[str] = ("peer",),
+        host: str = "127.0.0.1",
+        namespace: str | None = None,
     ) -> Peer:
         """Another peer of the swarm, or its first. Does not wait for it.
 
         Args:
             far: others reach it through a link of its own.
             command: the module that is run, with arguments that come before `serve`.
+            namespace: of the network, in which it runs and has the address `host`.
         """
-        where = ["--host", "127.0.0.1", "--no-lan"]
+        where = ["--host", host, "--no-lan"]
         if far:
             port = free_port()
             self.links.append(self.stack.enter_context(link(port)))
@@ -234,6 +251,7 @@ class Arena:
                 *options,
             ],
             talks=False,
+            namespace=namespace,
         )
 
     def peers(self, model: str, spans: Sequence[str], *options: str, **how: Any) -> list[Peer]:
@@ -257,10 +275,13 @@ class Arena:
         subject.do("unsplit", folder=folder, threads=threads)
         return subject
 
-    def clients(self, number: int) -> list[Subject]:
+    def clients(self, number: int, namespace: str | None = None) -> list[Subject]:
         """Processes that will be clients: see `joined`."""
         threads, passive = self.tuning.client_threads, self.tuning.passive
-        return [Subject(self, threads, passive, ["benchmarks.subject"], talks=True) for _ in range(number)]
+        return [
+            Subject(self, threads, passive, ["benchmarks.subject"], talks=True, namespace=namespace)
+            for _ in range(number)
+        ]
 
     def joined(self, clients: Sequence[Subject], folder: str, peers: int, **settings: Any) -> None:
         """All of them join the swarm and see its peers. `settings` are those of `ClientConfig`."""

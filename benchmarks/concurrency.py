@@ -16,10 +16,10 @@ OVER_ONE = {"float32": 2.8, "bfloat16": 3.0}
 OVER_PETALS = {"float32": 2.8, "bfloat16": 5.0}
 
 NOTES = """\
-`{model}`, greedy, prompts of {prompt} tokens, {new} new ones, all asked for in the same moment; the clients share the cores with
-the peers, and each computes its own head. *Total* is all tokens over the time from the first question to the last token.
-Peers compute in the number format that is named; heads in float32, in bfloat16 with peers in bfloat16. Petals with 8 clients
-had {petals:.2f} times one unsplit stream in float32.
+`{model}`, greedy, prompts of {prompt} tokens, {new} new ones, all asked for in the same moment; the clients share
+the cores with the peers, and each computes its own head. *Total* is all tokens over the time from the first question
+to the last token. Peers compute in the number format that is named; heads in float32, in bfloat16 with peers in
+bfloat16. Petals with 8 clients had {petals:.2f} times one unsplit stream in float32.
 """
 
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.emulated MS serve ...`: a peer on a device that takes MS milliseconds per token and block.
 
-It waits that long in each block, in the thread that computes, and then runs the block of a model so small that it costs
-nearly nothing: several such peers on one machine overlap as several devices do. All else is `python -m peer serve`.
+It waits that long in each block, in the thread that computes, and then runs the block of a model so small that it
+costs nearly nothing: several such peers on one machine overlap as several devices do. All else is `python -m peer
+serve`.
 """
 
 from __future__ import annotations

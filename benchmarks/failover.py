@@ -14,8 +14,9 @@ STRIKES = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 PROMPT_TOKENS = 8
 
 NOTES = """\
-`{model}`, two peers that both have all blocks; at token {at} of {new} the one in use gets the signal, with all its processes. Extra time
-is the whole answer's, less that of the same answer undisturbed a moment before. Petals as released never recovered.
+`{model}`, two peers that both have all blocks; at token {at} of {new} the one in use gets the signal, with all its
+processes. Extra time is the whole answer's, less that of the same answer undisturbed a moment before. Petals as
+released never recovered.
 """
 
 

@@ -14,9 +14,9 @@ OF_PETALS = 1 / 5
 PROMPT_TOKENS = 8
 
 NOTES = """\
-`llama-tiny`, greedy, a prompt of 8 tokens, {new} new ones; TLS on, loopback. The line through the medians over 1 to {most}
-hops rises by the cost of a hop: what is computed is the same, however it is cut. A model's own overhead per pass (masks,
-positions, the first and last of its layers' code) is part of that cost.
+`llama-tiny`, greedy, a prompt of 8 tokens, {new} new ones; TLS on, loopback. The line through the medians over 1 to
+{most} hops rises by the cost of a hop: what is computed is the same, however it is cut. A model's own overhead per
+pass (masks, positions, the first and last of its layers' code) is part of that cost.
 """
 
 

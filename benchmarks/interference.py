@@ -15,8 +15,9 @@ RATE_BAR = 0.5
 PROMPT_TOKENS = 8
 
 NOTES = """\
-`{model}`, 1 peer, float32. Quiet: the long prompt alone, and {n} clients decoding alone. Then both: the prompt is sent when
-all {n} have had {begun} tokens; what counts are their times between tokens from then until its first token comes.
+`{model}`, 1 peer, float32. Quiet: the long prompt alone, and {n} clients decoding alone. Then both: the prompt is
+sent when all {n} have had {begun} tokens; what counts are their times between tokens from then until its first token
+comes.
 """
 
 

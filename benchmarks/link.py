@@ -1,8 +1,8 @@
 """An emulated wide-area link before a peer's port: so long on the way, so many bytes per second, in each direction.
 
 Threads and blocking sockets, since an event loop's timers round to a millisecond. Bytes that are on the way travel
-together, as on a real line; every connection has the rate for itself. What it hides is TCP's own behaviour: the two ends
-each speak to this machine. For that there is `benchmarks.tunnel`.
+together, as on a real line; every connection has the rate for itself. What it hides is TCP's own behaviour: the two
+ends each speak to this machine.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ KV_TOKENS = 2048
 MIB = 2**20
 
 NOTES = """\
-`{model}`, all blocks, float32, `--kv-tokens {kv}`: PSS and USS of all the peer's processes, at its start, and after prompts of
-{tokens} tokens and {new} tokens of answers. *Over* is PSS less the weights; in the last line less the declared KV cache, too,
-which the prompt nearly fills. Other budgets (messages, journals) are not subtracted. Petals: {petals} MiB unshared at the start,
-{processes} processes.
+`{model}`, all blocks, float32, `--kv-tokens {kv}`: PSS and USS of all the peer's processes, at its start, and after
+prompts of {tokens} tokens and {new} tokens of answers. *Over* is PSS less the weights; in the last line less the
+declared KV cache, too, which the prompt nearly fills. Other budgets (messages, journals) are not subtracted. Petals:
+{petals} MiB unshared at the start, {processes} processes.
 """
 
 

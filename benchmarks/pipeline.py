@@ -15,8 +15,9 @@ CHUNKS: dict[str, int] = {}
 """Settings of `ClientConfig` that choose chunks; none: what a user gets."""
 
 NOTES = """\
-{tokens} tokens through 8 blocks, each of which waits {ms} ms per token instead of computing, over S peers. With C chunks S
-devices can at best need (S + C - 1)/(S x C) of one device's time; the bar is {bar} times that. C is what the client chose.
+{tokens} tokens through 8 blocks, each of which waits {ms} ms per token instead of computing, over S peers. With C
+chunks S devices can at best need (S + C - 1)/(S x C) of one device's time; the bar is {bar} times that. C is what
+the client chose.
 """
 
 

@@ -22,8 +22,9 @@ Compare ratios, not seconds: each is taken between things that were measured in 
 `llama-small` (16 blocks of width 1024) and `llama-tiny` (8 of 256) are random and seeded: `benchmarks/models.py`.
 
 Petals stands for version 2.2.0.post1 with the same models, measured in the same way on another two-core machine
-(AVX-512), on loopback: its ratios to its own unsplit model are what can be compared. Codecs, answers that compression
-costs, and swarms under churn have pages of their own: [codecs](codecs.md), [accuracy](accuracy.md), [swarm](swarm.md).
+(AVX-512), on loopback: its ratios to its own unsplit model are what can be compared. Codecs, answers that
+compression costs, and swarms under churn have pages of their own: [codecs](codecs.md), [accuracy](accuracy.md),
+[swarm](swarm.md).
 """
 
 

@@ -19,6 +19,7 @@ MEASURED: Final[dict[str, tuple[str, str]]] = {
     "interference": ("benchmarks.interference", "a long prompt beside sessions that decode"),
     "pipeline": ("benchmarks.pipeline", "a long prompt over emulated devices"),
     "wan": ("benchmarks.wan", "links of 5 to 50 ms, 100 Mbit/s; prompt lookup"),
+    "tunnel": ("benchmarks.tunnel", "the same links with TCP over the whole distance (root)"),
     "failover": ("benchmarks.failover", "a peer is killed, or freezes, in the middle of an answer"),
     "memory": ("benchmarks.memory", "memory and processes of a peer"),
     "startup": ("benchmarks.startup", "from the command to the first served token"),

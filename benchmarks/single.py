@@ -18,9 +18,9 @@ BEST: tuple[str, ...] = ("--quantization", "int8")
 """A peer's flags for the best speed of a CPU."""
 
 NOTES = """\
-`{model}`, greedy, a prompt of {prompt} tokens, {new} new ones; tokens per second with the first token included, over those
-of the unsplit model a moment before. `best` is one peer with `{best}`; what that costs in right answers is said on the
-page on [accuracy](accuracy.md).
+`{model}`, greedy, a prompt of {prompt} tokens, {new} new ones; tokens per second with the first token included, over
+those of the unsplit model a moment before. `best` is one peer with `{best}`; what that costs in right answers is
+said on the page on [accuracy](accuracy.md).
 """
 
 

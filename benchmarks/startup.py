@@ -16,8 +16,9 @@ START_BAR_S = 6.0
 HELP_BAR_S = 0.5
 
 NOTES = """\
-`{model}` from local files, all blocks, joining a swarm that is there. A client that has loaded its head already asks for one token
-as soon as the peer says that it serves; the time runs from the peer's command to that token. Petals: {petals} s.
+`{model}` from local files, all blocks, joining a swarm that is there. A client that has loaded its head already asks
+for one token as soon as the peer says that it serves; the time runs from the peer's command to that token. Petals:
+{petals} s.
 """
 
 

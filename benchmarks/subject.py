@@ -1,8 +1,8 @@
 """`python -m benchmarks.subject`: one process that is measured, the unsplit model or a client of a swarm.
 
-It is told what to do in lines of JSON on its standard input and answers on its standard output; it waits in between, so
-that it takes nothing from whoever is measured next. Times are `time.monotonic()`, which all processes of a machine share.
-`benchmarks.arena.Subject` is the other end.
+It is told what to do in lines of JSON on its standard input and answers on its standard output; it waits in between,
+so that it takes nothing from whoever is measured next. Times are `time.monotonic()`, which all processes of a
+machine share. `benchmarks.arena.Subject` is the other end.
 """
 
 from __future__ import annotations

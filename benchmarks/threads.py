@@ -7,8 +7,8 @@ from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Result, Table
 
 NOTES = """\
-`{model}`: milliseconds per token of a short prompt, and the first token of a prompt of {long}, over 2 peers and unsplit. The
-other scenarios use what `TUNING` in `benchmarks/arena.py` says.
+`{model}`: milliseconds per token of a short prompt, and the first token of a prompt of {long}, over 2 peers and
+unsplit. The other scenarios use what `TUNING` in `benchmarks/arena.py` says.
 """
 
 

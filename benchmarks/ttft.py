@@ -13,9 +13,9 @@ BAR_TOKENS = 512
 BAR_PEERS = 4
 
 NOTES = """\
-`{model}`, float32: time to the first token, over that of the unsplit model a moment before. Petals had {p1:.2f} over 1 peer
-and {p4:.2f} over 4 with 512 tokens. The peers share the machine's cores, so that they cannot be faster together than one:
-what several devices gain is in *A long prompt over several devices*.
+`{model}`, float32: time to the first token, over that of the unsplit model a moment before. Petals had {p1:.2f} over
+1 peer and {p4:.2f} over 4 with 512 tokens. The peers share the machine's cores, so that they cannot be faster
+together than one: what several devices gain is in *A long prompt over several devices*.
 """
 
 

@@ -21,11 +21,12 @@ LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 8}
 SEED = 5
 
 NOTES = """\
-A proxy stands before each peer's port and delays what passes, in each direction; a step over {hops} hops takes {trips} one-way
-trips. *Compute* is the same step over the same links without delay. The proxy hides what TCP itself does on a long line.
+A proxy stands before each peer's port and delays what passes, in each direction; a step over {hops} hops takes
+{trips} one-way trips. *Compute* is the same step over the same links without delay. The proxy hides what TCP itself
+does on a long line.
 
-Lookup: questions to `potluck-demo` over three peers and {ms:.0f} ms links, answered in turns with and without it; per task the
-time of all answers without it over the time with it.
+Lookup: questions to `potluck-demo` over three peers and {ms:.0f} ms links, answered in turns with and without it;
+per task the time of all answers without it over the time with it.
 """
 
 
@@ -64,7 +65,7 @@ def _steps(model: str, delays_ms: tuple[int, ...], new: int, repeats: int) -> di
     found: dict[int, list[float]] = {ms: [] for ms in delays_ms}
     with arena() as place:
         place.peers(folder, spans(SHAPES[model].layers, HOPS), far=True)
-        client = place.client(folder, HOPS, **_speculation(OFF))
+        client = place.client(folder, HOPS, **no_speculation())
         client.generate(prompt(8), 4)
         for seed in range(repeats):
             for ms in delays_ms:
@@ -86,7 +87,7 @@ def _lookup(n: int, tasks: tuple[str, ...] | None) -> tuple[dict[str, float], st
     with arena() as place:
         place.peers("potluck-demo", spans(24, HOPS), far=True)
         plain, looking = place.clients(2)
-        place.joined([plain], "potluck-demo", HOPS, **_speculation(OFF))
+        place.joined([plain], "potluck-demo", HOPS, **no_speculation())
         place.joined([looking], "potluck-demo", HOPS, **_speculation(ON))
         options = {} if has_speculation() else LOOKUP
         _delay(place, LOOKUP_DELAY_S)
@@ -121,6 +122,11 @@ def has_speculation() -> bool:
     from client.config import ClientConfig
 
     return SPECULATION in {field.name for field in fields(ClientConfig)}
+
+
+def no_speculation() -> dict[str, str]:
+    """Settings of a client that sends each token by itself."""
+    return _speculation(OFF)
 
 
 def _speculation(value: str) -> dict[str, str]:
