@@ -183,6 +183,10 @@ class Subject(Process):
         """For a greedy answer of `new` tokens; `options` go to `generate`. Does not wait."""
         self.order("generate", ids=list(ids), new=new, at_s=at_s, say_at=say_at, options=options)
 
+    def stop(self) -> None:
+        """The answer under way ends with its next token."""
+        self.popen.send_signal(signal.SIGUSR1)
+
     def answer(self) -> Answer:
         """What was asked for."""
         return Answer.of(self.reply())

@@ -24,7 +24,7 @@ comes.
 def measure(quick: bool) -> Result:
     """See the module."""
     model, tokens, repeats, n = ("llama-tiny", 256, 2, 2) if quick else ("llama-small", 2047, 3, DECODING)
-    begun, quiet_new, new = (4, 16, 64) if quick else (4, 24, 320)
+    begun, quiet_new, new = (4, 16, 400) if quick else (4, 24, 800)
     folder = str(folder_of(model))
     quiet_p99_ms: list[float] = []
     busy_p99_ms: list[float] = []
@@ -44,6 +44,8 @@ def measure(quick: bool) -> Result:
             _decode(decoding, new, begun)
             asked = long.generate(prompt(tokens, seed + repeats), 1)
             busy_s.append(asked.first_s)
+            for client in decoding:
+                client.stop()
             answers = [client.answer() for client in decoding]
             busy_p99_ms.append(1e3 * p99([gap for answer in answers for gap in _during(answer, asked)]))
     waits = [busy / quiet for busy, quiet in zip(busy_p99_ms, quiet_p99_ms, strict=True)]

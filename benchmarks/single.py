@@ -16,11 +16,13 @@ BEST_OVER_PETALS = 3.0
 PROMPT_TOKENS = 8
 BEST: tuple[str, ...] = ("--quantization", "int8")
 """A peer's flags for the best speed of a CPU."""
+BEST_CLIENT = {"dtype": "bfloat16"}
+"""And a client's settings."""
 
 NOTES = """\
 `{model}`, greedy, a prompt of {prompt} tokens, {new} new ones; tokens per second with the first token included, over
-those of the unsplit model a moment before. `best` is one peer with `{best}`; what that costs in right answers is
-said on the page on [accuracy](accuracy.md).
+those of the unsplit model a moment before. `best` is one peer with `{best}`, and a head in bfloat16; what that costs
+in right answers is said on the page on [accuracy](accuracy.md).
 """
 
 
@@ -36,13 +38,13 @@ class Turns:
         return ratios([a.tokens_per_s for a in self.swarm], [a.tokens_per_s for a in self.unsplit])
 
 
-def turns(model: str, peers: int, new: int, repeats: int, *options: str) -> Turns:
-    """The unsplit model and a swarm of so many peers, which have these options."""
+def turns(model: str, peers: int, new: int, repeats: int, *options: str, **settings: str) -> Turns:
+    """The unsplit model and a swarm of so many peers, which have these options; settings: the client's."""
     folder, found = str(folder_of(model)), Turns([], [])
     with arena() as place:
         unsplit = place.unsplit(folder)
         place.peers(folder, spans(SHAPES[model].layers, peers), *options)
-        client = place.client(folder, peers)
+        client = place.client(folder, peers, **settings)
         for subject in (unsplit, client):
             subject.generate(prompt(PROMPT_TOKENS), 8)
         for seed in range(repeats):
@@ -66,7 +68,7 @@ def measure(quick: bool) -> Result:
     model, new, repeats = ("llama-tiny", 8, 2) if quick else ("llama-small", 128, 3)
     found = {str(n): turns(model, n, new, repeats) for n in ((1, 2) if quick else BARS)}
     if has_quantization():
-        found["best"] = turns(model, 1, new, repeats, *BEST)
+        found["best"] = turns(model, 1, new, repeats, *BEST, **BEST_CLIENT)
     shares = {name: Spread.of(each.ratios) for name, each in found.items()}
     bars = []
     for n in BARS:

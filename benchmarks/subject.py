@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +50,11 @@ class Bench:
         self._say = say
         self._model: Any = None
         self._is_remote = False
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ends the answer under way after its next token."""
+        self._stopped = True
 
     def do(self, order: dict[str, Any]) -> dict[str, Any]:
         """Carries an order out; its answer."""
@@ -101,7 +107,10 @@ class Bench:
             if n == say_at:
                 self._say({"tokens": n, "chain": self._chain()})
 
-        clock = Clock(on_token)
+        def is_stopped(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+            return torch.full((ids.shape[0],), self._stopped)
+
+        clock, self._stopped = Clock(on_token), False
         prompt = torch.tensor([ids])
         if at_s is not None:
             time.sleep(max(0.0, at_s - time.monotonic()))
@@ -112,6 +121,7 @@ class Bench:
             max_new_tokens=new,
             do_sample=False,
             streamer=clock,
+            stopping_criteria=[is_stopped],
             **options,
         )
         steps = self._model.blocks.last_stats.steps if self._is_remote else len(clock.tokens)
@@ -152,6 +162,7 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
     bench = Bench(say)
+    signal.signal(signal.SIGUSR1, lambda *_: bench.stop())
     for line in orders:
         say(bench.do(json.loads(line)) | {"done": True})
     bench.do_close()
