@@ -21,6 +21,7 @@ MEASURED: Final[dict[str, tuple[str, str]]] = {
     "wan": ("benchmarks.wan", "links of 5 to 50 ms, 100 Mbit/s; prompt lookup"),
     "tunnel": ("benchmarks.tunnel", "the same links with TCP over the whole distance (root)"),
     "failover": ("benchmarks.failover", "a peer is killed, or freezes, in the middle of an answer"),
+    "forward": ("benchmarks.forward", "a batch without a cache"),
     "memory": ("benchmarks.memory", "memory and processes of a peer"),
     "startup": ("benchmarks.startup", "from the command to the first served token"),
     "threads": ("benchmarks.threads", "how many threads, and whether they spin"),
