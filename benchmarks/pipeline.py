@@ -37,7 +37,8 @@ def measure(quick: bool) -> Result:
             seconds[n] = [answer.first_s for answer in answers]
             chunks[n] = max(answer.steps for answer in answers)
     one_s = Spread.of(seconds[1]).median
-    best = {n: (n + chunks[n] - 1) / (n * chunks[n]) for n in stages}
+    cut = {n: max(n, chunks[n]) for n in stages}
+    best = {n: (n + cut[n] - 1) / (n * cut[n]) for n in stages}
     shares = {n: [value / one_s for value in values] for n, values in seconds.items()}
     over = {n: Spread.of(shares[n]).median / best[n] for n in stages}
     bars = [Bar(f"{n} devices, over (S + C - 1)/(S x C)", over[n], "at most", BAR) for n in stages if n > 1]
