@@ -17,7 +17,7 @@ CHUNKS: dict[str, int] = {}
 NOTES = """\
 {tokens} tokens through 8 blocks, each of which waits {ms} ms per token instead of computing, over S peers. With C
 chunks S devices can at best need (S + C - 1)/(S x C) of one device's time; the bar is {bar} times that. C is what
-the client chose.
+the client chose, but no less than S: who cuts less is held against that.
 """
 
 
