@@ -1,22 +1,19 @@
-"""`python -m benchmarks list | run NAME... | all | swarm`."""
+"""`python -m benchmarks list | run NAME... | all | page | swarm`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
 from importlib import import_module
-from typing import Final
 
 import click
 
+from benchmarks.scenarios import MEASURED, PAGES
 from benchmarks.swarm import command as swarm
 from protocol.command import tame_libraries
 
-# Name -> (module, what it measures). Each module has `run() -> None`, which prints its report and writes it to `docs/`.
-SCENARIOS: Final[dict[str, tuple[str, str]]] = {
-    "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
-    "accuracy": ("benchmarks.accuracy", "right answers of the demo model with each codec; writes docs/accuracy.md"),
-    "swarm": ("benchmarks.swarm", "coverage, moves and throughput of a simulated swarm; writes docs/swarm.md"),
-}
+SCENARIOS = MEASURED | PAGES
 
 
 @click.group()
@@ -33,19 +30,49 @@ def list_scenarios() -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
-def run(names: tuple[str, ...]) -> None:
+@click.option("--quick", is_flag=True, help="Only see that it works: smaller and fewer, nothing is written.")
+def run(names: tuple[str, ...], quick: bool) -> None:
     """Run the named scenarios, one after the other."""
     tame_libraries()
     for name in names:
-        scenario: Callable[[], None] = import_module(SCENARIOS[name][0]).run
-        scenario()
+        module = import_module(SCENARIOS[name][0])
+        if name in MEASURED:
+            _measure(module, quick)
+        elif quick:
+            raise click.UsageError(f"{name} has no --quick")
+        else:
+            module.run()
+
+
+def _measure(module: object, quick: bool) -> None:
+    from benchmarks import report
+    from benchmarks.result import origin, save
+
+    started_s = time.monotonic()
+    result = module.measure(quick)  # type: ignore[attr-defined]
+    where = origin(time.monotonic() - started_s)
+    click.echo(report.section(result, where, ""))
+    click.echo(report.bars_table([(result, bar) for bar in result.bars]))
+    if not quick:
+        save(result, where)
+        report.write()
 
 
 @main.command("all")
-@click.pass_context
-def run_all(context: click.Context) -> None:
-    """Run every scenario."""
-    context.invoke(run, names=tuple(SCENARIOS))
+def run_all() -> None:
+    """Run every scenario, each in its own process. Exit code 1: one of them failed; the others ran."""
+    failed = [name for name in SCENARIOS if subprocess.call([sys.executable, "-m", "benchmarks", "run", name])]
+    if failed:
+        click.echo(f"failed: {', '.join(failed)}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+def page() -> None:
+    """Write docs/performance.md again, from the results that there are."""
+    from benchmarks import report
+
+    report.write()
 
 
 main.add_command(swarm)
