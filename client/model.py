@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
-from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from client.chain import Link
 from client.config import ClientConfig
@@ -207,7 +206,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
             rest.pop(name, None)
         drafter: Drafter = Lookup()
         if draft is not None and rest.get("inputs_embeds") is None:
-            drafter = Draft(AssistedCandidateGenerator(cast(Any, input_ids), draft, config, rest, None, processor))
+            drafter = Draft(draft)
         loop = Loop(self._window, drafter, self._stats_of, most)
         return loop.run(self, input_ids, processor, criteria, config, streamer, rest)
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from client.ngrams import Match, NgramIndex
@@ -72,13 +72,13 @@ class Lookup:
 class Draft:
     """Guesses from a small model on this machine, with the same tokenizer; always its likeliest tokens.
 
-    Args:
-        generator: transformers' own, whose cache follows the answer.
+    transformers' own drafter is not used: it is meant to be asked at every step, and follows the answer by counting.
     """
 
-    def __init__(self, generator: AssistedCandidateGenerator) -> None:
-        self._generator = generator
-        self._generator.generation_config.do_sample = False  # draws nothing: the answer's random numbers stay its own
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._cached: list[int] = []  # the tokens in the cache
         self._draft_s: float | None = None
 
     @property
@@ -89,21 +89,43 @@ class Draft:
         guesses = window.choose(MODEL, limit, self.draft_s)
         if guesses == 0:
             return []
-        self._generator.num_assistant_tokens = guesses
         started_s = time.perf_counter()
-        found, _ = self._generator.get_candidates(cast(Any, ids))
-        tokens: list[int] = found[0, ids.shape[1] :].tolist()
-        if tokens:
-            each_s = (time.perf_counter() - started_s) / len(tokens)
-            before_s = each_s if self._draft_s is None else self._draft_s
-            self._draft_s = DRAFT_DECAY * before_s + (1 - DRAFT_DECAY) * each_s
+        tokens = self._continue(ids[0].tolist(), guesses)
+        each_s = (time.perf_counter() - started_s) / len(tokens)
+        before_s = each_s if self._draft_s is None else self._draft_s
+        self._draft_s = DRAFT_DECAY * before_s + (1 - DRAFT_DECAY) * each_s
         return tokens
+
+    @torch.inference_mode()
+    def _continue(self, text: list[int], count: int) -> list[int]:
+        self._crop(min(_common_prefix(self._cached, text), len(text) - 1))
+        fed, found = text[len(self._cached) :], []
+        for _ in range(count):
+            ids = torch.tensor([fed], device=self._model.device)
+            logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits
+            self._cached += fed
+            found.append(int(logits[0, -1].argmax()))
+            fed = found[-1:]
+        return found
+
+    def _crop(self, kept: int) -> None:
+        """Forgets what was guessed wrongly. What has run out of a window, or into a running state, is read again."""
+        removed = len(self._cached) - kept
+        if removed and all(type(layer) is DynamicLayer for layer in self._cache.layers):
+            self._cache.crop(-removed)
+            del self._cached[kept:]
+        elif removed:
+            self._cache, self._cached = DynamicCache(config=self._model.config), []
 
     def learn(self, window: Window, chosen: Sequence[int], guesses: int, right: int) -> None:
         if guesses:
             window.acceptance.note(MODEL, right, missed=right < guesses)
         else:
             window.acceptance.fade(MODEL)
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def can_speculate(model: Any, ids: Tensor, config: Any, kwargs: dict[str, Any], synced_gpus: bool) -> bool:

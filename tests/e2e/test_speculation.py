@@ -28,13 +28,13 @@ REPETITIVE = {"inputs": torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])}
 @pytest.fixture
 def _far(monkeypatch: pytest.MonkeyPatch) -> None:
     """The swarm is `LINK_S` away."""
-    near = Session._pass
+    near = Session.run
 
-    async def far(self: Session, entry: Any) -> Any:
+    async def far(self: Session, entries: Any) -> Any:
         await asyncio.sleep(LINK_S)
-        return await near(self, entry)
+        return await near(self, entries)
 
-    monkeypatch.setattr(Session, "_pass", far)
+    monkeypatch.setattr(Session, "run", far)
 
 
 @pytest.fixture(scope="module")
