@@ -56,7 +56,7 @@ def render(found: dict[str, Any]) -> None:
         console.print("This swarm serves no model. Share one with: python -m peer serve")
     for model in found["models"]:
         console.print(_sentence(model))
-        table = Table()
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # 80 columns are not many
         for title in ("peer", "blocks", f"0:{model['n_blocks']}", "state", "weights", "ms/token", "KV free", "up"):
             table.add_column(title, no_wrap=True)
         for peer in model["peers"]:
@@ -85,7 +85,7 @@ def _sentence(model: dict[str, Any]) -> str:
     )
 
 
-def _bar(blocks: str, n_blocks: int, width: int = 24) -> str:
+def _bar(blocks: str, n_blocks: int, width: int = 12) -> str:
     start, stop = (int(edge) * width // n_blocks for edge in blocks.split(":"))
     return "·" * start + "█" * max(1, stop - start) + "·" * (width - max(stop, start + 1))
 
