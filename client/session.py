@@ -33,6 +33,7 @@ from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
 
+ASK_AGAIN_S = 0.3  # after trouble in the same step, once something was done about it
 STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
 BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
 SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
@@ -155,6 +156,8 @@ class Session:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
         chain, late = self._chain, _Late()
         timeout_s = self._times.allowance_s(entry.tokens)
+        if trial.disturbed:  # trouble seldom comes alone, and to ask costs little
+            timeout_s = min(timeout_s, ASK_AGAIN_S)
         while True:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -227,7 +230,7 @@ class Session:
             return STUCK_S
         chain.unblock(verdict.stuck, reports)
         late.forget()
-        return self._config.probe_timeout_s
+        return ASK_AGAIN_S
 
     def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
         """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked."""
