@@ -21,8 +21,7 @@ from demo.chains import IGNORED
 from demo.evaluate import batches, load, right_answers
 from demo.swarm import MODEL, local_swarm, uneven_spans
 from demo.world import questions
-from slicing import Quantization
-from slicing.quantized import quantize
+from slicing.quantized import Quantization, quantize
 
 CODECS: Final = ("none", "bf16", "int8")
 WEIGHTS: Final = ("float32", "bfloat16", "int8", "nf4")

@@ -83,6 +83,7 @@ class Engine:
             tokens,
             self._worker.packs(session, step),
             asyncio.get_running_loop().create_future(),
+            session.cache,
         )
         self._waiting[work.number] = work
         session.running = work.done

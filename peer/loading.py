@@ -18,7 +18,6 @@ from protocol.span import Span
 from slicing import (
     ModelSource,
     Progress,
-    Quantization,
     SpanModel,
     block_bytes,
     kv_values,
@@ -26,6 +25,7 @@ from slicing import (
     load_span,
     move_span,
 )
+from slicing.quantized import Quantization
 
 
 class _Stopped(Exception):

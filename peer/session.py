@@ -19,7 +19,8 @@ from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, Sta
 from protocol.journal import Entry, StepLog
 from protocol.messages import CacheOp, HopTrace, Open, Route, Step
 from protocol.span import Span
-from slicing import PAGE_TOKENS, PagedCache, RaggedSpan, SpanCache, SpanModel
+from slicing import PagedCache, RaggedSpan, SpanCache, SpanModel
+from slicing.paged import PAGE_TOKENS, pages
 
 NEWEST_SHARE = 0.05  # of the newest session in what sessions use of what they announce
 WATERMARK = 0.9
@@ -318,8 +319,7 @@ class SessionTable:
         """
         if session.cache is None or rows * tokens * len(session.span) <= session.reserved:
             return
-        rounded = -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
-        wanted = rows * rounded * len(session.span)
+        wanted = rows * pages(tokens) * PAGE_TOKENS * len(session.span)
         with self._lock:
             if session.broken:
                 raise SessionLost("the session was dropped while its step waited; replay it")
@@ -327,6 +327,12 @@ class SessionTable:
             session.reserved = wanted
         if isinstance(session.cache, PagedCache):
             session.cache.reserve(tokens)
+
+    def replace_cache(self, session: Session, cache: SpanCache) -> None:
+        """The session goes on with another cache of the same tokens."""
+        with self._lock:
+            if not session.broken:
+                session.cache = cache
 
     def remember(self, session: Session, output: Entry) -> None:
         """Keeps the output of the session's latest step, until the next hop, or a replacement of it, has it."""

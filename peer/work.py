@@ -10,6 +10,7 @@ from torch import Tensor
 from peer.scheduler import Waiting
 from peer.session import Session
 from protocol.messages import HIDDEN, HopTrace, Step
+from slicing import PagedCache, SpanCache
 
 DECODE_TOKENS = 16
 """A step of so many tokens, or fewer, is somebody's next token, with a few that were guessed."""
@@ -21,6 +22,7 @@ class Work:
 
     Attributes:
         number: grows with each step that comes to the peer.
+        cache: the session's, which it loses when it is dropped meanwhile.
         arrived_s: `time.perf_counter()` when it had arrived.
         rows, tokens: of its hidden states; tokens per row.
         packs: can it share a pass with steps of other sessions?
@@ -41,6 +43,7 @@ class Work:
     tokens: int
     packs: bool
     done: asyncio.Future[HopTrace | None]
+    cache: SpanCache | PagedCache | None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     computed: int = 0

@@ -146,9 +146,9 @@ class Worker:
 
     def _apply_packed(self, work: Work) -> None:
         if work.packs and not work.computed:
-            assert work.session.cache is not None
+            assert work.cache is not None
             for op in work.step.ops:
-                work.session.cache.apply(_cache_op(op))
+                work.cache.apply(_cache_op(op))
 
     def _decode(self, step: Step) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {}
@@ -180,16 +180,17 @@ class Worker:
             work.computed += tokens
 
     def _stretch(self, work: Work, tokens: int) -> Stretch:
-        assert isinstance(work.session.cache, PagedCache)
+        assert isinstance(work.cache, PagedCache)
         hidden = work.inputs[HIDDEN].narrow(-2, work.computed, tokens)
-        return Stretch(work.session.cache, hidden, work.step.position + work.computed)
+        return Stretch(work.cache, hidden, work.step.position + work.computed)
 
     def _run_single(self, work: Work) -> None:
-        session, inputs = work.session, dict(work.inputs)
-        if isinstance(session.cache, PagedCache):
+        session, inputs, cache = work.session, dict(work.inputs), work.cache
+        if isinstance(cache, PagedCache):
             assert self._ragged is not None
-            session.cache = self._ragged.unpacked(session.cache)
-        hidden, cache = inputs.pop(HIDDEN), session.cache
+            cache = self._ragged.unpacked(cache)
+            self._sessions.replace_cache(session, cache)
+        hidden = inputs.pop(HIDDEN)
         if cache is not None:
             for op in work.step.ops:
                 self._apply(session, cache, op)
@@ -219,8 +220,8 @@ class Worker:
         hidden = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs, dim=-2)
         output = self._onward(session, step, hidden)
         if work.packs:
-            assert isinstance(session.cache, PagedCache)
-            session.cache.advance(work.tokens)
+            assert isinstance(work.cache, PagedCache)
+            work.cache.advance(work.tokens)
         cost = HopTrace(
             start=session.span.start,
             queue_ms=max(0.0, work.began_s - work.arrived_s) * 1e3,

@@ -24,23 +24,20 @@ if TYPE_CHECKING:
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
     from slicing.loading import LoadReport, Progress
-    from slicing.paged import PAGE_TOKENS, PagedCache
+    from slicing.paged import PagedCache
     from slicing.proof import trouble
-    from slicing.quantized import Quantization
     from slicing.ragged import RaggedSpan, Stretch
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, block_bytes, load_span, move_span
 
 __all__ = [
-    "PAGE_TOKENS",
     "CacheOp",
     "Head",
     "LoadReport",
     "ModelSource",
     "PagedCache",
     "Progress",
-    "Quantization",
     "RaggedSpan",
     "Remote",
     "RemoteCache",
@@ -74,10 +71,9 @@ _HOME = {
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),
     "slicing.loading": ("LoadReport", "Progress"),
-    "slicing.paged": ("PAGE_TOKENS", "PagedCache"),
+    "slicing.paged": ("PagedCache",),
     "slicing.proof": ("trouble",),
     "slicing.ragged": ("RaggedSpan", "Stretch"),
-    "slicing.quantized": ("Quantization",),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),

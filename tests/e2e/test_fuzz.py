@@ -64,6 +64,7 @@ EXPECTED = {
     "RESOURCE_EXHAUSTED",  # a message over the limit, which grpc itself refuses
     "opened", "result", "more", "stream ended",
     "bad-message", "bad-payload", "peer-full", "session-lost", "stale-epoch", "version-mismatch", "wrong-model",
+    "peer-lost",  # to a step that skips others: those before it were lost on their way
     "push refused: bad-message", "push refused: peer-full", "push refused: stale-epoch",
 }  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from protocol.errors import BadMessage, PeerFault, PeerFull, SessionLost
 from protocol.limits import SESSION_ID_BYTES
 from protocol.messages import HIDDEN, CacheOp, Open, Step, TensorSpec
 from protocol.span import Span
-from slicing import PAGE_TOKENS, PagedCache, RaggedSpan, SpanCache, SpanModel, load_span, resolve
+from slicing import PagedCache, RaggedSpan, SpanCache, SpanModel, load_span, resolve
+from slicing.paged import PAGE_TOKENS
 from tensor_codecs import codec, dtype_of, names
 from tests.slicing.architectures import N_BLOCKS, make_checkpoint
 
@@ -208,6 +211,34 @@ async def test_who_leaves_is_not_computed_for(model: SpanModel) -> None:
         assert leaving.running is not None and leaving.running.done()
         found = await one.step(leaving, prompt(3, 3))
         assert close(found, alone(model, prompt(3, 3))[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+async def test_a_session_that_is_dropped_during_its_pass(
+    rows: int, model: SpanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it is kept, and the others of the pass do not notice."""
+    async with bench(model) as one:
+        session, other = one.open(1), one.open(2)
+        await one.step(session, prompt(3, 1))
+        decode = model.run_decoder
+
+        def dropped(*args: Any, **kwargs: Any) -> Tensor:
+            if one.table.find(session.session_id):
+                asyncio.run_coroutine_threadsafe(drop(), loop).result(30)
+            return decode(*args, **kwargs)
+
+        async def drop() -> None:
+            one.table.close(session)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(model, "run_decoder", dropped)
+        ops = (CacheOp("repeat", (2,)),) if rows == 2 else ()
+        with contextlib.suppress(SessionLost, AssertionError):  # the output may be asked for, and is gone
+            await one.step(session, prompt(1, 2, rows=rows), *ops)
+        await one.step(other, prompt(2, 3))
+        assert session.cache is None and session.outputs.latest is None
+        assert one.table.budget.tokens_left == 4096 - PAGE_TOKENS
 
 
 async def test_beams_leave_the_shared_passes(model: SpanModel) -> None:

@@ -16,7 +16,8 @@ from peer.loading import SpanLoader, cpu_dtype
 from peer.memory import KV_TOKENS_MAX, KV_TOKENS_MIN, MARGIN_SHARE, blocks_that_fit, fewer_blocks, kv_tokens
 from protocol.errors import ConfigError, UserError
 from protocol.span import Span
-from slicing import Quantization, load_span, resolve
+from slicing import load_span, resolve
+from slicing.quantized import Quantization
 from tests.harness import served
 from tests.slicing.architectures import make_checkpoint
 
