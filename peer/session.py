@@ -219,8 +219,8 @@ class SessionTable:
         return max(0, self.budget.tokens_total - self._expected() // len(self.model.span))
 
     def _expected(self) -> int:
-        """Block-tokens that the sessions will come to use."""
-        return sum(max(s.reserved, int(self.used_share * s.announced)) for s in self._sessions.values())
+        """Block-tokens that the sessions will come to use. For both threads: a copy, since sessions come and go."""
+        return sum(max(s.reserved, int(self.used_share * s.announced)) for s in list(self._sessions.values()))
 
     def newest(self, after: Session, without: Collection[bytes]) -> Session | None:
         """The session with room of its own that was opened last, and after `after`; `without` those of these ids."""
