@@ -31,7 +31,7 @@ from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import RaggedSpan, SpanCache, SpanModel, trouble
+from slicing import RaggedSpan, SpanCache, SpanModel, trouble, turning_pays
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
     if reason := trouble(model):
         logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
         return None
-    return RaggedSpan(model)
+    return RaggedSpan(model, turns=turning_pays(model))
 
 
 def probe_kv_bytes(model: SpanModel) -> int:

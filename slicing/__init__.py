@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slicing.loading import LoadReport, Progress
     from slicing.paged import PagedCache
     from slicing.proof import trouble
-    from slicing.ragged import RaggedSpan, Stretch
+    from slicing.ragged import RaggedSpan, Stretch, turning_pays
     from slicing.remote import Remote, RemoteCache
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, block_bytes, load_span, move_span
@@ -62,6 +62,7 @@ __all__ = [
     "nearest_spans",
     "resolve",
     "trouble",
+    "turning_pays",
 ]
 
 _HOME = {
@@ -73,7 +74,7 @@ _HOME = {
     "slicing.loading": ("LoadReport", "Progress"),
     "slicing.paged": ("PagedCache",),
     "slicing.proof": ("trouble",),
-    "slicing.ragged": ("RaggedSpan", "Stretch"),
+    "slicing.ragged": ("RaggedSpan", "Stretch", "turning_pays"),
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
