@@ -46,7 +46,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 bench: setup
-	$(BIN)/python -m benchmarks run all
+	$(BIN)/python -m benchmarks all
 
 # The generated stubs are in the repository; a test proves that they match the .proto file.
 proto: setup

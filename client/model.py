@@ -308,7 +308,7 @@ def _load_draft(name: str, model: SwarmModel) -> PreTrainedModel:
     """A whole model on this machine, to guess with.
 
     Raises:
-        ConfigError: its tokens cannot be the model's.
+        ConfigError: its tokens cannot be the model's, or its weights cannot be read.
     """
     source = resolve(name)
     config = load_config(source)
@@ -319,7 +319,12 @@ def _load_draft(name: str, model: SwarmModel) -> PreTrainedModel:
             " same tokenizer"
         )
     kind = cast(Any, model_class(config))
-    draft = kind.from_pretrained(source.location, revision=source.revision, dtype=torch.float32, use_safetensors=True)
+    try:
+        draft = kind.from_pretrained(
+            source.location, revision=source.revision, dtype=torch.float32, use_safetensors=True
+        )
+    except OSError as error:
+        raise ConfigError(f"the draft model {source.name!r} cannot be loaded: {error}") from error
     return cast("PreTrainedModel", draft.to(model.device).eval())
 
 
