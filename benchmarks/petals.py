@@ -16,9 +16,6 @@ UNSPLIT_TOKENS_PER_S: Final = 14.7
 CLIENTS_TOKENS_PER_S: Final = {1: 12.4, 2: 14.2, 4: 13.3, 8: 12.9}
 """llama-small, 1 peer, 32 new tokens: of so many clients together."""
 
-CLIENTS_FIRST_S: Final = {1: 0.15, 2: 0.34, 4: 0.64, 8: 1.27}
-"""Their worst first token."""
-
 FIRST_TOKEN: Final = {1: 1.24, 2: 1.34, 4: 1.23}
 """llama-small, a 512-token prompt over so many peers: time to the first token over the unsplit model's."""
 

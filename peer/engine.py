@@ -167,21 +167,18 @@ class Engine:
 
     def _settle(self, work: Work) -> None:
         """Tells who waits for a step that is through, or that nobody waits for any more."""
-        if work.error is not None:
-            self._end(work)
-            if not work.done.done():
-                work.done.set_exception(work.error)
-                work.done.exception()  # if nobody asks, that is no fault of this one
-        elif work.cost is not None:
-            self._end(work)
-            if not work.done.done():
-                work.done.set_result(work.cost)
-        elif work.withdrawn:
-            self._end(work)
-            work.done.cancel()
-
-    def _end(self, work: Work) -> None:
+        if work.error is None and work.cost is None and not work.withdrawn:
+            return
         self._waiting.pop(work.number, None)
+        if work.done.done():
+            return
+        if work.error is not None:
+            work.done.set_exception(work.error)
+            work.done.exception()  # if nobody asks, that is no fault of this one
+        elif work.cost is not None:
+            work.done.set_result(work.cost)
+        else:
+            work.done.cancel()
 
     def _withdraw(self, work: Work) -> None:
         """Nobody waits for the step any more. A pass that is under way ends first."""

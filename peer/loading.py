@@ -15,16 +15,7 @@ from peer.config import PeerConfig
 from peer.host import Served
 from protocol.errors import ConfigError
 from protocol.span import Span
-from slicing import (
-    ModelSource,
-    Progress,
-    SpanModel,
-    block_bytes,
-    kv_values,
-    load_config,
-    load_span,
-    move_span,
-)
+from slicing import ModelSource, Progress, SpanModel, block_bytes, kv_values, load_config, load_span, move_span
 from slicing.quantized import Quantization
 
 

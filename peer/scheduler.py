@@ -23,8 +23,7 @@ from protocol.span import Span
 LEAST_PIECE: Final = 8
 """Tokens of a piece of a prefill, where there is room for any: or else prefills would wait for ever."""
 
-
-FEW_TOKENS: Final = 4
+FEW_TOKENS: Final = 4  # a pass of no more tells what a pass costs
 TOKENS_OF_A_PASS: Final = 16.0
 """A pass costs about as much as so many tokens more in one, until it is measured."""
 MOST_TOKENS_OF_A_PASS: Final = 256.0

@@ -102,11 +102,6 @@ class Session:
     decoded_s: float = -math.inf
 
     @property
-    def expected(self) -> int:
-        """Block-tokens that it has, or announced."""
-        return max(self.reserved, self.announced)
-
-    @property
     def tokens(self) -> int:
         """Tokens per row in the cache."""
         return 0 if self.cache is None else self.cache.n_tokens

@@ -126,10 +126,13 @@ class Worker:
         try:
             part(work)
         except BaseException as error:  # noqa: BLE001  # for its own client, and no other
-            work.session.broken = work.session.broken or breaks
-            work.error = _fault(error)
+            self._fail(work, error, breaks=breaks)
             return False
         return True
+
+    def _fail(self, work: Work, error: BaseException, *, breaks: bool) -> None:
+        work.session.broken = work.session.broken or breaks
+        work.error = _fault(error)
 
     def _begin(self, work: Work) -> None:
         """Is the session as it was when the step came? The first piece makes tensors of bytes, too."""
@@ -169,7 +172,7 @@ class Worker:
             outputs = self._ragged.run(stretches)
         except Exception as error:
             if len(pieces) == 1:
-                self._guarded(pieces[0][0], _raiser(error))
+                self._fail(pieces[0][0], error, breaks=True)
                 return
             logger.exception("a pass of %d steps failed; each is tried alone", len(pieces))
             for piece in pieces:
@@ -245,13 +248,6 @@ class Worker:
         else:
             parts += [Part(spec, bytes(data)) for spec, data in step.parts() if spec.name != HIDDEN]
         return Entry(step.position, hidden.shape[-2], hidden.shape[-3], tuple(parts), ops, step.step_id)
-
-
-def _raiser(error: Exception) -> Callable[[Work], None]:
-    def fail(work: Work) -> None:
-        raise error
-
-    return fail
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
