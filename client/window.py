@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 MOST_GUESSES = 32
 GAIN = 1.03  # less is not worth a guess
-RISK = 0.04  # of an answer's plain time may be lost by guesses
+RISK = 0.03  # of an answer's plain time may be lost by guesses
 RISK_TOKENS = 4  # an answer is taken to have so many tokens at least
 OUTLIER = 3.0  # a step so many times slower than expected met something else: a reroute, a busy machine
 TIME_DECAY = 0.9  # per measured step
@@ -145,7 +145,8 @@ class Window:
         best, best_rate = 0, GAIN / plain_s
         for guesses in range(1, min(limit, MOST_GUESSES) + 1):
             step_s = self.costs.expected_s(guesses + 1) + guesses * draft_s
-            if (1.0 - acceptance) * (step_s - plain_s) > allowed_s:
+            lost_s = step_s - plain_s  # if the guess is wrong from its first token on
+            if (1.0 - acceptance) * lost_s > allowed_s or lost_s > allowed_s + plain_s:
                 break
             rate = expected_tokens(acceptance, guesses) / step_s
             if rate > best_rate:
@@ -154,9 +155,9 @@ class Window:
 
     def note_step(self, guesses: int, right: int, step_s: float, work_s: float, draft_s: float = 0.0) -> None:
         """A step with so many guesses, `right` of them right, took `step_s`, `work_s` of it computation."""
-        self.costs.note(guesses + 1, step_s, work_s)
         self._answer.tokens += right + 1
         plain_s = self.costs.plain_s
         if guesses and plain_s is not None:
-            spent_s = self.costs.expected_s(guesses + 1) + guesses * draft_s
+            spent_s = min(step_s, OUTLIER * self.costs.expected_s(guesses + 1)) + guesses * draft_s
             self._answer.lost_s += spent_s - (right + 1) * plain_s
+        self.costs.note(guesses + 1, step_s, work_s)
