@@ -1,4 +1,4 @@
-"""`python -m client`: generate, chat, status. The answer goes to stdout, everything else to stderr."""
+"""`python -m client`: generate, chat, status, api. The answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from client.api.config import LOOPBACK, ApiConfig
+from client.api.config import SECTION as API_SECTION
 from client.config import SECTION, ClientConfig
 from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
 from protocol.errors import ConfigError
@@ -134,6 +136,27 @@ def status(as_json: bool, **options: Any) -> None:
     else:
         render(found)
     sys.exit(0 if all(not model["missing"] for model in found["models"]) else 1)
+
+
+@cli.command()
+@config_options(ApiConfig)
+@config_options(ClientConfig)
+def api(**options: Any) -> None:
+    """Serve the swarm's model over HTTP, as OpenAI's interface: for its clients, and for all that can use them.
+
+    \b
+    Examples:
+      python -m client api
+      OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python my_program.py
+      POTLUCK_API_KEY=secret python -m client api --host 0.0.0.0
+    """
+    config, client = load(ApiConfig, options, section=API_SECTION), _config(options)
+    if config.host not in LOOPBACK and not config.api_key:
+        click.echo(f"Anyone who reaches {config.host} can use this server: give it a key with --api-key.", err=True)
+
+    from client.api.server import serve
+
+    serve(client, config, click.echo, lambda text: click.echo(f"· {text}", err=True))
 
 
 def _config(options: dict[str, Any]) -> ClientConfig:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from client import inquest
@@ -64,6 +65,8 @@ class Session:
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
+        self._passing: asyncio.Task[object] | None = None  # the task of the pass under way
+        self._interrupted = False
 
     @property
     def position(self) -> int:
@@ -91,7 +94,7 @@ class Session:
             PotluckError: an error that no other peer could cure.
         """
         started_s = time.perf_counter()
-        async with self._stepping:
+        async with self._turn():
             flight = _Flight([replace(entry, step_id=self._step_id + i) for i, entry in enumerate(entries)])
             self._chain.release_leavers()
             try:
@@ -110,7 +113,7 @@ class Session:
 
         Raises: as `run`.
         """
-        async with self._stepping:
+        async with self._turn():
             trial = Trial(Patience(self._config.wait_s))
             try:
                 while not self._chain.is_whole:
@@ -122,6 +125,18 @@ class Session:
                 self._chain.forsake()
                 raise
             return self._chain.costs()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One pass at a time, which `interrupt` can cancel."""
+        async with self._stepping:
+            if self._interrupted:
+                raise asyncio.CancelledError
+            self._passing = asyncio.current_task()
+            try:
+                yield
+            finally:
+                self._passing = None
 
     async def _next_result(self, flight: _Flight) -> StepResult:
         """The result of the first step that has none; sends those after it as far ahead as may be."""
@@ -244,6 +259,12 @@ class Session:
         if not is_good:
             found = [(spec.name, spec.shape, spec.codec) for spec in result.step.tensors]
             raise ChainBroken(Loss(hop, PeerFault(f"{hop.name} gave {found or 'nothing'} for {given}")))
+
+    def interrupt(self) -> None:
+        """Cancels the pass under way, and any later one: nobody waits for their results any more."""
+        self._interrupted = True
+        if self._passing is not None:
+            self._passing.cancel()
 
     async def close(self) -> None:
         """Frees the session on all its peers."""
