@@ -190,11 +190,11 @@ class RemoteBlocks:
     def _session(self, cache: RemoteCache, rows: int) -> Session:
         if isinstance(cache.handle, Session):
             return cache.handle
-        if cache.handle is _INTERRUPTED:
-            raise CancelledError
         peers = self._swarm.peers_of(self.fingerprint)
         max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Plan) else 0
         session = self._new_session(peers, self._codec(peers), rows, max_tokens=max_tokens)
+        if cache.handle is _INTERRUPTED:
+            raise CancelledError
         cache.handle = session
         # The peers' memory is freed as soon as nobody can continue the session.
         weakref.finalize(cache, self._swarm.close_later, session).atexit = False

@@ -299,11 +299,11 @@ class Answers:
             answer.future = self._threads.submit(self._generate, answer)
         return Reply(answers, said)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Cancels what is under way, and waits for the threads."""
         for answer in list(self.open):
             answer.cancel()
-        self._threads.shutdown(cancel_futures=True)
+        await asyncio.to_thread(self._threads.shutdown)
 
     def _over(self, answer: Answer) -> None:
         self.open.discard(answer)
@@ -322,6 +322,8 @@ class Answers:
         try:
             with self._model.session(len(order.ids) + order.max_tokens if order.reserves else 0) as session:
                 answer.attach(self._model, session)
+                if answer.is_cancelled:
+                    return
                 follower = Follower(answer, self._prompts)
                 self._run(order, follower)
                 if (steps := answer.steps) is not None:

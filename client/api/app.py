@@ -33,7 +33,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        gateway.answers.close()
+        await gateway.answers.close()
 
     app = FastAPI(
         title="Potluck",

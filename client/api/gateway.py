@@ -136,7 +136,7 @@ class Tracer:
 
 
 def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None = None) -> Gateway:
-    """A gateway to a joined model. Its answers' threads end with `gateway.answers.close()`.
+    """A gateway to a joined model. Its threads end with `answers.close()`.
 
     Raises:
         ConfigError: the model has no tokenizer.

@@ -18,7 +18,8 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 from client.api.errors import BadRequest
 from client.api.prompts import Prompts
 
-ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
+COMPACT: Final = llguidance.JsonCompileOptions(whitespace_flexible=False)
+"""Small models are fond of endless spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Grammars:
             BadRequest: it is no schema, or one that cannot be followed; or the model's tokenizer cannot be used.
         """
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)
         except ValueError as error:
             raise BadRequest(
                 f"this schema cannot be followed: {error}", param=param, reason="invalid_schema"

@@ -51,7 +51,12 @@ def sampling_of(request: Common, model: GenerationConfig) -> Sampling:
     """What a request asks for; where it does not say, what the model's authors recommend, or else what OpenAI does."""
     recommended: Mapping[str, Any] = model.to_diff_dict()
     # A model that says in so many words that it does not sample is asked for its likeliest tokens.
-    usual: dict[str, Any] = {"temperature": 0.0 if model.do_sample is False else 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    usual: dict[str, Any] = {
+        "temperature": 0.0 if model.do_sample is False else 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+    }
     if model.do_sample:
         usual |= {name: recommended[name] for name in usual if recommended.get(name) is not None}
     chosen = {name: usual[name] if (value := getattr(request, name)) is None else value for name in usual}

@@ -95,9 +95,7 @@ class ToolText:
         text, self._rest = self._rest, ""
         shown = self._openings.add(text)
         if self._openings.found is not None:
-            before = len((self._shown + shown).strip()) == 0
             self._rest = self._openings.found + self._openings.rest
-            shown = "" if before else shown
         self._shown += shown
         return shown
 
@@ -146,7 +144,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     while (at := text.find("{", at)) >= 0:
         try:
             found, at = decoder.raw_decode(text, at)
-        except ValueError:
+        except (ValueError, RecursionError):
             at += 1
             continue
         if isinstance(found, dict):
