@@ -1,4 +1,4 @@
-"""1 to 16 requests at once through one API process: their answers share passes of the peer, and products of the head."""
+"""1 to 16 requests at once through one API process: their answers share passes of the peer and products of the head."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OVER_ONE = {"float32": 3.5, "bfloat16": 4.0}
 LOOK_S = 0.2
 
 NOTES = """\
-`{model}`, greedy, prompts of {prompt} tokens, {new} new ones, streamed by `/v1/completions` of one `client api` in front
-of one peer, all asked for in the same moment; who asks shares the cores with both. *Total* is all tokens over the time
-from the first question to the last token. The peer computes in the number format that is named, and so does the head.
+`{model}`, greedy, prompts of {prompt} tokens, {new} new ones, streamed by `/v1/completions` of one `client api` in
+front of one peer, all asked for in the same moment; who asks shares the cores with both. *Total* is all tokens over the
+time from the first question to the last token. The peer computes in the number format that is named, and so does the head.
 *1 client* is `generate` in a process without HTTP.
 """
 

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 import llguidance.hf
@@ -18,8 +18,8 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 from client.api.errors import BadRequest
 from client.api.prompts import Prompts
 
-COMPACT: Final = llguidance.JsonCompileOptions(whitespace_flexible=False)
-"""Small models are fond of endless spaces."""
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,9 @@ class Grammars:
         Raises:
             BadRequest: it is no schema, or one that cannot be followed; or the model's tokenizer cannot be used.
         """
+        compact: JsonCompileOptions = {"whitespace_flexible": False}  # small models are fond of endless spaces
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=COMPACT)
+            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
         except ValueError as error:
             raise BadRequest(
                 f"this schema cannot be followed: {error}", param=param, reason="invalid_schema"

@@ -79,6 +79,18 @@ class Local:
         self.clients.append(client := httpx2.Client(base_url=self.url, timeout=60.0, **settings))
         return client
 
+    @contextmanager
+    def another(self, **settings: Any) -> Iterator[Local]:
+        """The same model behind a second gateway with these settings."""
+        gateway = open_gateway(self.gateway.model, ApiConfig(**({"port": 0} | settings)), self.gateway.trace_of)
+        running = Local(self.loop, self.hosts, self.reader, gateway)
+        with _server(gateway) as running.url:
+            try:
+                yield running
+            finally:
+                for client in running.clients:
+                    client.close()
+
     def kill(self, host: SpanHost) -> None:
         """Its streams are reset, its port is closed; the view does not know yet."""
         assert host._server is not None
