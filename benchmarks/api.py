@@ -24,7 +24,7 @@ LOOK_S = 0.2
 NOTES = """\
 `{model}`, greedy, prompts of {prompt} tokens, {new} new ones, streamed by `/v1/completions` of one `client api` in
 front of one peer, all asked for in the same moment; who asks shares the cores with both. *Total* is all tokens over the
-time from the first question to the last token. The peer computes in the number format that is named, and so does the head.
+time from the first question to the last token. Peer and head compute in the number format that is named.
 *1 client* is `generate` in a process without HTTP.
 """
 
