@@ -84,7 +84,7 @@ def http_error(status: int, message: str) -> dict[str, Any]:
 
 def from_validation(error: RequestValidationError) -> BadRequest:
     """The first field of a request that does not fit."""
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda each: len(each["loc"]))  # of several types, the one that fits best
     if first["type"] == "json_invalid":
         return BadRequest("the request's body is not valid JSON", reason="invalid_json")
     # A field that may be of several types is complained of once for each; their names are no part of its place.
@@ -99,8 +99,9 @@ def from_validation(error: RequestValidationError) -> BadRequest:
 
 
 def _is_type(part: Any) -> bool:
-    """Is it pydantic's name for one of several types, as `list[str]` or `TextPart`?"""
-    return not isinstance(part, str) or "[" in part or part[:1].isupper() or part in ("str", "int", "float", "bool")
+    """Is it pydantic's name for one of several types, as `list[str]`, `constrained-str` or `TextPart`?"""
+    plain = ("str", "int", "float", "bool", "none")
+    return not isinstance(part, str) or "[" in part or "-" in part or part[:1].isupper() or part in plain
 
 
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:

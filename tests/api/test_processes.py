@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import secrets
 import signal
 import subprocess
@@ -151,9 +150,6 @@ def test_no_request_fails_while_peers_are_killed(service: Service, seconds: int)
         while time.monotonic() < end_s - 5.0:
             span = rng.choice(SPANS)
             service.start(span).ready()
-            seen = len([peer for peer in service.peers if peer.is_alive])
-            until(lambda: _peers(service) >= seen, "the new peer to be seen")
-            time.sleep(1.0)
             old = next(peer for peer in service.peers if peer.is_alive and peer.blocks == span)
             old.kill()
             happened["killed"] += 1
@@ -161,13 +157,6 @@ def test_no_request_fails_while_peers_are_killed(service: Service, seconds: int)
     print(dict(happened))
     assert happened["killed"] >= 1
     assert happened["answered"] >= seconds
-
-
-def _peers(service: Service) -> int:
-    text = httpx2.get(f"{service.url}/metrics", headers={"Authorization": "Bearer a key"}, timeout=20.0).text
-    match = re.search(r"^potluck_api_peers (\S+)", text, re.MULTILINE)
-    assert match is not None
-    return int(float(match[1]))
 
 
 def test_it_ends_when_it_is_told_to(service: Service) -> None:

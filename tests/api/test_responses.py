@@ -94,7 +94,7 @@ def test_a_tool_is_called(served: Local, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
     ],
 )
 def test_what_is_refused(served: Local, settings: dict[str, Any], param: str) -> None:
