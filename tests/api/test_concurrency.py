@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from client.api.metrics import families
@@ -52,6 +53,40 @@ def test_answers_beside_others_are_those_alone(served: Local) -> None:
     with ThreadPoolExecutor(MANY) as pool:
         for _ in range(2):
             assert list(pool.map(ask, range(MANY))) == alone
+    served.settles()
+
+
+def test_threads_have_sessions_of_their_own(served: Local) -> None:
+    """The library without HTTP: conversations in several threads, each as it is alone."""
+    model, prompts = served.gateway.model, served.gateway.prompts
+
+    def talk(index: int) -> list[list[int]]:
+        answers, tokens = [], []
+        with model.session():
+            for question in (QUESTIONS[index], QUESTIONS[(index + 3) % MANY]):
+                tokens += prompts.of_text(f"<|user|>{question}<|end|><|assistant|>")
+                ids = torch.tensor([tokens])
+                output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16)
+                answers.append(output[0, len(tokens) :].tolist())
+                tokens = output[0].tolist()
+        return answers
+
+    alone = [talk(index) for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(talk, range(4))) == alone
+    served.settles()
+
+
+def test_a_session_can_be_used_by_another_thread(served: Local) -> None:
+    model = served.gateway.model
+    ids = torch.tensor([served.gateway.prompts.of_text("<|user|>Spell table.<|end|><|assistant|>")])
+    arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4}
+    with model.session() as session, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(model.generate, ids, session=session, **arguments).result()
+        assert session.tokens is not None
+        assert torch.equal(session.tokens, first)
+        with pytest.raises(RuntimeError, match="open already"), model.session():
+            pass
     served.settles()
 
 
