@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from client.api.schemas import ChatRequest, CompletionRequest, ResponseRequest
 from client.api.streaming import ReaderGone
 from protocol.errors import BlocksMissing, PotluckError
 
-logger = logging.getLogger(__name__)
+MOST_BODY_BYTES = 16 << 20  # of a request
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -40,6 +39,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         description="A language model that a swarm serves, behind OpenAI's interface.",
         version=version("potluck"),
         lifespan=lifespan,
+        max_body_size=MOST_BODY_BYTES,
     )
     app.add_middleware(KeyGuard, keys=gateway.config.api_key)
     app.add_middleware(Stopwatch, metrics=gateway.metrics)
