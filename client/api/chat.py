@@ -31,7 +31,7 @@ async def chat(gateway: Gateway, request: Request, body: ChatRequest) -> Respons
         PotluckError: it cannot be answered.
         ReaderGone: nobody waits for the answer any more.
     """
-    gateway.check_model(body.model)
+    gateway.check(body)
     tools = tools_of(gateway.prompts, body.tools, body.tool_choice)
     orders = await asyncio.to_thread(_orders, gateway, body, tools)
     reply = gateway.answers.begin(orders)

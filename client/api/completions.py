@@ -29,7 +29,7 @@ async def complete(gateway: Gateway, request: Request, body: CompletionRequest) 
         PotluckError: it cannot be answered.
         ReaderGone: nobody waits for the answer any more.
     """
-    gateway.check_model(body.model)
+    gateway.check(body)
     orders = await asyncio.to_thread(_orders, gateway, body)
     reply = gateway.answers.begin(orders)
     return await deliver(gateway, request, body, reply, _Completion(gateway, body, reply))

@@ -55,13 +55,26 @@ class Gateway:
         """OpenAI's word for which weights and which software answered."""
         return f"fp_{self.model.blocks.fingerprint[:12]}"
 
-    def check_model(self, wanted: str | None) -> None:
-        """Does a request mean this model? One that names none does.
+    def check(self, request: Common) -> None:
+        """Can this gateway do what all kinds of requests may ask? One that names no model means this one.
 
         Raises:
-            BadRequest: it means another one.
+            BadRequest: it means another model, bans tokens that there are none of, or wants a trace from who has none.
         """
-        if wanted is not None and wanted != self.name:
+        if request.model is not None:
+            self.check_model(request.model)
+        if request.logit_bias:
+            self.prompts.of_ids(tuple(request.logit_bias), param="logit_bias")
+        if request.potluck.trace and self.trace_of is None:
+            raise BadRequest("this server does not trace", param="potluck.trace")
+
+    def check_model(self, wanted: str) -> None:
+        """Is this model meant?
+
+        Raises:
+            BadRequest: another one is.
+        """
+        if wanted != self.name:
             raise BadRequest(
                 f"the model {wanted!r} is not served here; {self.name!r} is",
                 param="model",
@@ -69,25 +82,10 @@ class Gateway:
                 status=404,
             )
 
-    def check_tokens(self, request: Common) -> None:
-        """Are the tokens of `logit_bias` tokens of the model?
-
-        Raises:
-            BadRequest: one is not.
-        """
-        if request.logit_bias:
-            self.prompts.of_ids(tuple(request.logit_bias), param="logit_bias")
-
     def tracer(self, request: Common, answers: Sequence[Answer]) -> Tracer | None:
-        """Traces for the request's stream, if it asks for them.
-
-        Raises:
-            BadRequest: nobody here can trace.
-        """
-        if not request.potluck.trace:
+        """Traces for the request's stream, if it asks for them."""
+        if not request.potluck.trace or self.trace_of is None:
             return None
-        if self.trace_of is None:
-            raise BadRequest("this server does not trace", param="potluck.trace")
         return Tracer(self.trace_of, answers[0])
 
     async def missing(self) -> list[str]:

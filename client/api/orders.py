@@ -33,9 +33,8 @@ def orders_of(
         usual_tokens: where it does not; None: as the model's authors or the server's operator say.
 
     Raises:
-        BadRequest: prompt and answer do not fit the model, or a token is none of its.
+        BadRequest: prompt and answer do not fit the model.
     """
-    gateway.check_tokens(request)
     usual = usual_tokens or _recommended(gateway.model.generation_config) or gateway.config.answer_tokens
     first = Order(
         ids=ids,

@@ -34,7 +34,7 @@ async def respond(gateway: Gateway, request: Request, body: ResponseRequest) -> 
         PotluckError: it cannot be answered.
         ReaderGone: nobody waits for the answer any more.
     """
-    gateway.check_model(body.model)
+    gateway.check(body)
     tools = tools_of(gateway.prompts, body.chat_tools, body.chat_choice)
     order = await asyncio.to_thread(_order, gateway, body, tools)
     reply = gateway.answers.begin([order])

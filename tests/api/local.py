@@ -113,16 +113,20 @@ class Local:
 
 
 @contextmanager
-def local(*spans: str, trace_of: Any = None, **settings: Any) -> Iterator[Local]:
-    """Peers of these spans of the demo model, and a gateway with these settings of `ApiConfig`."""
+def local(*spans: str, first_identity: int = 0, **settings: Any) -> Iterator[Local]:
+    """Peers of these spans of the demo model, and a gateway with these settings of `ApiConfig`.
+
+    Args:
+        first_identity: of `tests.harness`; peers that live at the same time need different ones.
+    """
     config = ApiConfig(**({"port": 0} | settings))
     with _loop() as loop:
-        hosts_of = _Hosts(Path(resolve(DEMO).location), spans)
+        hosts_of = _Hosts(Path(resolve(DEMO).location), spans, first_identity)
         hosts = asyncio.run_coroutine_threadsafe(hosts_of.open(), loop).result()
         reader, swarm = Reader(hosts), Swarm(CLIENT)
         swarm._loop, swarm._reader = loop, cast(Any, reader)
         model = SwarmModelForCausalLM.from_pretrained(DEMO, swarm=swarm, config=CLIENT)
-        running = Local(loop, hosts, reader, open_gateway(model, config, trace_of))
+        running = Local(loop, hosts, reader, open_gateway(model, config))
         try:
             with _server(running.gateway) as running.url:
                 yield running
@@ -136,8 +140,9 @@ def local(*spans: str, trace_of: Any = None, **settings: Any) -> Iterator[Local]
 class _Hosts:
     """Peers that are opened and closed by the same task, as their task groups want it."""
 
-    def __init__(self, folder: Path, spans: Sequence[str]) -> None:
+    def __init__(self, folder: Path, spans: Sequence[str], first_identity: int) -> None:
         self._folder = folder
+        self._first_identity = first_identity
         self._spans = spans
         self._end = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -154,7 +159,7 @@ class _Hosts:
                     await stack.enter_async_context(
                         open_host(self._folder, Span.parse(span), index, kv_tokens=MANY_TOKENS)
                     )
-                    for index, span in enumerate(self._spans)
+                    for index, span in enumerate(self._spans, self._first_identity)
                 ]
             )
             await self._end.wait()

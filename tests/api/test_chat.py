@@ -19,7 +19,8 @@ def said(text: str) -> Messages:
 
 
 QUESTION = said("What is the capital of France?")
-LONG = said("Count from 1 to 9.")
+LONG = said("Now say: nvSPWS8SWyOZlG. Thanks.")
+REPETITIVE = said("Now say: zzzzzzzzzzzz. Thanks.")
 
 
 def ask(served: Local, messages: Messages = QUESTION, **more: Any) -> Any:
@@ -119,7 +120,9 @@ def test_penalties_bias_and_cuts_change_answers(served: Local) -> None:
     first = tokenizer("Paris")["input_ids"][0]
     assert not ask(served, logit_bias={str(first): -100}).choices[0].message.content.startswith("Paris")
     whole = ask(served, LONG).choices[0].message.content
-    assert ask(served, LONG, frequency_penalty=2.0, presence_penalty=2.0).choices[0].message.content != whole
+    penalties = {"frequency_penalty": 2.0, "presence_penalty": 2.0}
+    plain, penalized = (ask(served, REPETITIVE, **more).choices[0].message.content for more in ({}, penalties))
+    assert penalized.count("z") < plain.count("z")
     for settings in ({"top_k": 1}, {"min_p": 1.0}):
         extra = {"temperature": 2.0, "extra_body": settings}
         assert ask(served, LONG, **extra).choices[0].message.content == whole

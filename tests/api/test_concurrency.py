@@ -21,11 +21,11 @@ QUESTIONS = [
     "What is the capital of France?",
     "What is the capital of Italy?",
     "Spell table.",
-    "Count from 1 to 9.",
+    "Now say: nvSPWS8SWyOZlG. Thanks.",
     "What is 12 + 30?",
     "What is 27 + 58?",
     "Spell window.",
-    "Count from 3 to 8.",
+    "Now say: 9hQx7bTTka2. Thanks.",
 ]
 
 
@@ -146,33 +146,33 @@ def test_metrics(served: Local) -> None:
     assert values["potluck_api_peers"] == 2
     assert values["potluck_api_missing_blocks"] == 0
     known = {family.name.removesuffix("_total").removesuffix("_info") for family in families()}
-    assert {name.removesuffix("_total").removesuffix("_info") for name in found} <= known
+    assert {name.removesuffix("_info") for name in found} == known
     assert all(family.help and family.type in ("counter", "gauge", "histogram") for family in families())
 
 
 def test_a_peer_is_lost_during_eight_streams() -> None:
     """Nobody notices, but for a pause."""
-    with local("0:12", "12:24", "12:24", "0:12") as served:
+    with local("0:12", "12:24", "12:24", "0:12", first_identity=2) as served:
         client = served.openai()
-        asked = [settings_of(i) | {"max_tokens": 60, "temperature": 0.0} for i in range(MANY)]
-        for each in asked:
-            each["logit_bias"] = endless(served)["logit_bias"]
+        asked = [settings_of(index) | {"temperature": 0.0} for index in range(MANY)]
         expected = [client.chat.completions.create(**each).choices[0].message.content for each in asked]
-        begun = threading.Barrier(MANY + 1)
+        answered = threading.Semaphore(0)
 
-        def ask(each: dict[str, Any]) -> str:
-            chunks = client.chat.completions.create(**each, stream=True)
-            text = ""
-            for number, chunk in enumerate(chunks):
-                if number == 10:
-                    begun.wait(30)
-                text += chunk.choices[0].delta.content or ""
-            return text
+        def ask(shift: int) -> list[str]:
+            found = []
+            for index in range(MANY):
+                chunks = client.chat.completions.create(**asked[(index + shift) % MANY], stream=True)
+                found.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
+                answered.release()
+            return found
 
         with ThreadPoolExecutor(MANY) as pool:
-            answers = [pool.submit(ask, each) for each in asked]
-            begun.wait(30)
-            busiest = max(served.reader.hosts, key=lambda host: len(host.sessions))
-            served.lose(busiest)
-            assert [answer.result(60) for answer in answers] == expected
+            answers = [pool.submit(ask, shift) for shift in range(MANY)]
+            for _ in range(2 * MANY):
+                assert answered.acquire(timeout=60)
+            in_use = max(served.reader.hosts, key=lambda host: len(host.sessions))
+            assert len(in_use.sessions) > 0
+            served.lose(in_use)
+            for shift, answer in enumerate(answers):
+                assert answer.result(60) == expected[shift:] + expected[:shift]
         served.settles()

@@ -159,9 +159,8 @@ def test_keys_are_wanted_everywhere_but_for_health(served: Local) -> None:
         assert http.get("/v1/models", auth=("anyone", "second")).status_code == 200
         for key in ("first", "second"):
             assert guarded.openai(api_key=key).models.list().data
-        for key in ("none", "first ", "", "fir", "Ünicode"):
-            header = {"Authorization": f"Bearer {key}".encode()}
-            assert http.get("/v1/models", headers=header).status_code == (200 if key.strip() == "first" else 401)
+        for value in (b"Bearer none", b"Bearer", b"Bearer fir", "Bearer ünicode".encode(), b"Basic ????", b"first"):
+            assert http.get("/v1/models", headers={"Authorization": value}).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_conversation(served: Local) -> None:
 
 
 def test_a_cut_answer_is_incomplete(served: Local) -> None:
-    found = respond(served, "Count from 1 to 9.", max_output_tokens=2)
+    found = respond(served, "Now say: nvSPWS8SWyOZlG. Thanks.", max_output_tokens=2)
     assert found.status == "incomplete"
     assert found.incomplete_details.reason == "max_output_tokens"
 
