@@ -132,7 +132,8 @@ def forced(template: Template, tools: Sequence[Tool]) -> str:
         }
         for tool in tools
     ]
-    call = f"call: %json {json.dumps({'anyOf': calls})}"
+    schema = {"x-guidance": {"whitespace_flexible": False}, "anyOf": calls}
+    call = f"call: %json {json.dumps(schema)}"
     if HERMES in str(template):
         return f'start: "<tool_call>\\n" call "\\n</tool_call>"\n{call}\n'
     return f"start: call\n{call}\n"
