@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from client.api.answers import Ending, Order, Reply, TokenProb, Whole
-from client.api.delivery import beats, deliver, finite, usage_of
+from client.api.delivery import beats, deliver, prob_json, usage_of
 from client.api.errors import BadRequest
 from client.api.gateway import Gateway
 from client.api.grammar import Grammar
@@ -202,13 +202,6 @@ class _Talk:
             "system_fingerprint": self.gateway.fingerprint,
         }
 
-    def _logprobs(self, probs: tuple[TokenProb, ...]) -> dict[str, Any]:
-        return {"content": [self._token(prob) for prob in probs], "refusal": None}
-
-    def _token(self, prob: TokenProb) -> dict[str, Any]:
-        top = [self._one(token, logprob) for token, logprob in prob.top]
-        return self._one(prob.token, prob.logprob) | {"top_logprobs": top}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.gateway.prompts.token_text(token)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    def _logprobs(self, probs: Sequence[TokenProb]) -> dict[str, Any]:
+        token_text = self.gateway.prompts.token_text
+        return {"content": [prob_json(prob, token_text) for prob in probs], "refusal": None}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from client.api.answers import Ending, Order, Piece, Reply, Whole
+from client.api.answers import Ending, Order, Piece, Reply, TokenProb, Whole
 from client.api.gateway import Gateway, Tracer
 from client.api.schemas import Common
 from client.api.streaming import Stream, unless_gone
@@ -78,6 +78,16 @@ def usage_of(orders: Sequence[Order], endings: Sequence[Ending]) -> dict[str, An
     """How many tokens a request took; `orders`: one for each of its prompts."""
     prompt, completion = sum(len(order.ids) for order in orders), sum(ending.tokens for ending in endings)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def prob_json(prob: TokenProb, token_text: Callable[[int], str]) -> dict[str, Any]:
+    """How likely a token was, and which others there were in its place."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text = token_text(token)
+        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+    return one(prob.token, prob.logprob) | {"top_logprobs": [one(*other) for other in prob.top]}
 
 
 def finite(logprob: float) -> float:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from client.api.answers import Ending, Order, Piece, Reply, TokenProb, Whole
 from client.api.chat import guard_of, tools_of
-from client.api.delivery import beats, deliver, finite
+from client.api.delivery import beats, deliver, prob_json
 from client.api.errors import body_of
 from client.api.gateway import Gateway
 from client.api.orders import orders_of
@@ -129,14 +129,14 @@ class _Response:
             yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress", []))
             part = _text_part("", ())
             yield self._event("response.content_part.added", **self._place, part=part)
-        logprobs = [self._prob(prob) for prob in probs]
+        logprobs = self._probs(probs)
         yield self._event("response.output_text.delta", **self._place, delta=text, logprobs=logprobs)
 
     def _end(self, text: str, probs: Sequence[TokenProb], calls: Sequence[Call], ending: Ending) -> Iterator[bytes]:
         """All that is said at the end."""
         items = self._items(text, probs, calls, ending)
         if text or probs:
-            logprobs = [self._prob(prob) for prob in probs]
+            logprobs = self._probs(probs)
             yield self._event("response.output_text.done", **self._place, text=text, logprobs=logprobs)
             yield self._event("response.content_part.done", **self._place, part=items[0]["content"][0])
             yield self._event("response.output_item.done", output_index=0, item=items[0])
@@ -171,7 +171,7 @@ class _Response:
         """What the answer is made of."""
         items: list[dict[str, Any]] = []
         if text or probs or not calls:
-            part = _text_part(text, [self._prob(prob) for prob in probs])
+            part = _text_part(text, self._probs(probs))
             items.append(self._message(_status(ending), [part]))
         for call in calls:
             items.append(
@@ -226,13 +226,8 @@ class _Response:
             "metadata": body.metadata or {},
         }
 
-    def _prob(self, prob: TokenProb) -> dict[str, Any]:
-        top = [self._one(token, logprob) for token, logprob in prob.top]
-        return self._one(prob.token, prob.logprob) | {"top_logprobs": top}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.gateway.prompts.token_text(token)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    def _probs(self, probs: Sequence[TokenProb]) -> list[dict[str, Any]]:
+        return [prob_json(prob, self.gateway.prompts.token_text) for prob in probs]
 
 
 def _status(ending: Ending) -> str:
