@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from client.api.answers import Answer, Answers
@@ -19,6 +20,7 @@ from client.model import SwarmModel
 from client.session import Session
 from client.text import load_tokenizer
 from protocol.errors import SwarmNotFound
+from slicing import ModelSource
 
 LOOK_S = 1.0  # between two looks at a swarm that is not whole
 TRACE_S = 0.25  # between two traces in a stream
@@ -35,7 +37,7 @@ TraceOf = Callable[[Session], Trace]
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One model behind the HTTP interface. `name`: of the model, in requests and answers.
+    """One model behind the HTTP interface. `name`: of the model, in answers.
 
     `trace_of`: tells of a session's chain, for requests that ask for it; None: nothing does.
     """
@@ -74,7 +76,7 @@ class Gateway:
         Raises:
             BadRequest: another one is.
         """
-        if wanted != self.name:
+        if wanted not in (self.name, self.model.source.name):
             raise BadRequest(
                 f"the model {wanted!r} is not served here; {self.name!r} is",
                 param="model",
@@ -145,6 +147,13 @@ def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None 
     prompts = Prompts(tokenizer, text_config.vocab_size, context_of(text_config), ends)
     metrics = Metrics()
     answers = Answers(model, prompts, parallel=config.parallel, queue=config.queue, when_over=metrics.note_answer)
-    metrics.watch(answers, model)
+    name = _shown_name(model.source)
+    metrics.watch(answers, model, name)
     grammars, now = Grammars(prompts), int(time.time())
-    return Gateway(model, model.source.name, prompts, grammars, answers, config, metrics, now, trace_of)
+    return Gateway(model, name, prompts, grammars, answers, config, metrics, now, trace_of)
+
+
+def _shown_name(source: ModelSource) -> str:
+    """As the user wrote it; of a folder its last part, since where it is concerns nobody."""
+    folder = Path(source.name).expanduser()
+    return folder.resolve().name if folder.is_dir() else source.name

@@ -82,14 +82,14 @@ class Metrics:
         self._missing = Gauge("potluck_api_missing_blocks", "Blocks of the model without a peer.", registry=registry)
         self._info = Info("potluck_api", "The model that is served, and the version of Potluck.", registry=registry)
 
-    def watch(self, answers: Answers, model: SwarmModel) -> None:
-        """Take what is true at the moment of a scrape from these."""
+    def watch(self, answers: Answers, model: SwarmModel, name: str) -> None:
+        """Take what is true at the moment of a scrape from these. `name`: of the model."""
         fingerprint, swarm = model.blocks.fingerprint, model.swarm
         self._running.set_function(lambda: answers.running)
         self._waiting.set_function(lambda: answers.waiting)
         self._peers.set_function(lambda: len(swarm.view.online(fingerprint)))
         self._missing.set_function(lambda: _missing(model))
-        self._info.info({"model": model.source.name, "version": version("potluck")})
+        self._info.info({"model": name, "version": version("potluck")})
 
     def note_request(self, route: str, status: int, took_s: float) -> None:
         """A response was sent, or its reader went away."""

@@ -32,9 +32,9 @@ def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], o
         _listener(config) as listener,
         SwarmModelForCausalLM.from_pretrained(config=client, on_event=on_event) as model,
     ):
-        app = create_app(open_gateway(model, config))
+        gateway = open_gateway(model, config)
         settings = uvicorn.Config(
-            app,
+            create_app(gateway),
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -42,7 +42,7 @@ def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], o
             server_header=False,
         )
         host = f"[{config.host}]" if ":" in config.host else config.host
-        say(f"api of {model.source.name} at http://{host}:{listener.getsockname()[1]}/v1")
+        say(f"api of {gateway.name} at http://{host}:{listener.getsockname()[1]}/v1")
         uvicorn.Server(settings).run(sockets=[listener])
 
 
