@@ -72,7 +72,7 @@ class SharedHead:
     @classmethod
     def of(cls, model: PreTrainedModel) -> SharedHead | None:
         """The model's LM head, shared from now on; None: it has none that is a plain matrix."""
-        layer: object = cast(Any, model).get_output_embeddings()
+        layer: Any = cast(Any, model).get_output_embeddings()
         if type(layer) is not nn.Linear:
             return None
         shared = cls(layer)

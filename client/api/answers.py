@@ -361,7 +361,7 @@ class Answers:
 def _config(max_tokens: int, ends: frozenset[int]) -> GenerationConfig:
     """Greedy, and nothing that the model's authors recommend besides: `client.api.sampling` sees to that."""
     eos = sorted(ends) or None
-    return cast(Any, GenerationConfig)(
+    config: GenerationConfig = cast(Any, GenerationConfig)(
         max_new_tokens=max_tokens,
         do_sample=False,
         num_beams=1,
@@ -373,6 +373,7 @@ def _config(max_tokens: int, ends: frozenset[int]) -> GenerationConfig:
         pad_token_id=eos[0] if eos else 0,
         return_dict_in_generate=False,
     )
+    return config
 
 
 class Probabilities(LogitsProcessor):

@@ -108,10 +108,8 @@ class Penalties(LogitsProcessor):
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens, counts = torch.unique(input_ids[0, self._prompt_tokens :], return_counts=True)
-        scores = scores.clone()
-        scores[0, tokens] -= self._presence + self._frequency * counts
-        return scores
+        counts = torch.bincount(input_ids[0, self._prompt_tokens :], minlength=scores.shape[-1])
+        return scores - self._presence * (counts > 0) - self._frequency * counts
 
 
 class Bias(LogitsProcessor):
