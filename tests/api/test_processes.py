@@ -93,9 +93,12 @@ def test_the_official_client(service: Service) -> None:
 
 
 def test_the_llm_tool(service: Service, tmp_path: Path) -> None:
-    tmp_path.joinpath("extra-openai-models.yaml").write_text(
-        f"- model_id: potluck\n  model_name: potluck-demo\n  api_base: {service.url}/v1\n  api_key_name: potluck\n"
-    )
+    names = {"potluck": "potluck-demo", "another": "gpt-5"}
+    models = [
+        {"model_id": model, "model_name": name, "api_base": f"{service.url}/v1", "api_key_name": "potluck"}
+        for model, name in names.items()
+    ]
+    tmp_path.joinpath("extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML, too
     tmp_path.joinpath("keys.json").write_text(json.dumps({"potluck": "a key"}))
 
     def llm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -111,9 +114,9 @@ def test_the_llm_tool(service: Service, tmp_path: Path) -> None:
     for more in ((), ("--no-stream",)):
         done = llm("-m", "potluck", *more, question)
         assert (done.returncode, done.stdout.strip()) == (0, answer), done.stderr
-    done = llm("-m", "potluck", "-o", "temperature", "7", question)
+    done = llm("-m", "another", question)
     assert done.returncode != 0
-    assert "temperature" in done.stderr
+    assert "'gpt-5' is not served here" in done.stderr
 
 
 @pytest.mark.parametrize("seconds", [30, pytest.param(300, marks=pytest.mark.slow)])
