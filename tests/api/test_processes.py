@@ -78,7 +78,7 @@ def test_it_is_healthy_once_all_blocks_have_a_peer(service: Service) -> None:
     first = service.start(SPANS[0])
     first.ready()
     until(lambda: service.health().json()["missing"] == ["12:24"], "the first peer to be seen")
-    service.start(SPANS[1])
+    service.start(SPANS[1]).ready()
     until(lambda: service.health().status_code == 200, "the swarm to be whole")
 
 
