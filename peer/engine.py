@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peer.compute import ComputeThread
 from peer.meter import Meter
@@ -85,6 +85,8 @@ class Engine:
             asyncio.get_running_loop().create_future(),
             session.cache,
         )
+        if work.decodes:
+            session.came_back(time.monotonic())
         self._waiting[work.number] = work
         session.running = work.done
         self._came.set()
@@ -100,34 +102,32 @@ class Engine:
             await self._came.wait()
             self._came.clear()
             while self._waiting:
-                patience_s = self._patience_s()
-                if patience_s:
-                    await self._gather(patience_s)
+                await self._gather()
                 await self._pass()
 
-    def _patience_s(self) -> float:
-        """For how long a pass may wait for more steps."""
-        decoding = self._decoding()
-        present = sum(1 for work in self._waiting.values() if work.decodes and work.packs)
-        return self._scheduler.patience_ms(present, decoding, self._costs.now(self._meter.step_ms)) / 1e3
-
-    async def _gather(self, patience_s: float) -> None:
-        """Waits for more steps, until all are there that are likely to come."""
-        deadline_s = time.monotonic() + patience_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
+    async def _gather(self) -> None:
+        """Waits for more steps, as long as that pays."""
+        began_s = time.monotonic()
+        while (patience_s := self._patience_s(began_s)) > 0:
             self._came.clear()
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(patience_s):
                     await self._came.wait()
             except TimeoutError:
                 return
-            if not self._patience_s():
-                return
+
+    def _patience_s(self, began_s: float) -> float:
+        """For how long a pass may wait for more steps, that began to wait at `began_s`."""
+        now_s, costs = time.monotonic(), self._costs.now(self._meter.step_ms)
+        present = {id(work.session) for work in self._waiting.values() if work.decodes and work.packs}
+        due_ms = ((session.due_s - now_s) * 1e3 for session in self._decoding(now_s) if id(session) not in present)
+        return self._scheduler.patience_ms(len(present), (now_s - began_s) * 1e3, due_ms, costs) / 1e3
 
     async def _pass(self) -> None:
         costs = self._costs.now(self._meter.step_ms)
         waiting = [work.waiting() for work in self._waiting.values()]
-        pieces = self._scheduler.step(waiting, costs, self._decoding())
+        decoding = sum(1 for _ in self._decoding(time.monotonic()))
+        pieces = self._scheduler.step(waiting, costs, decoding)
         chosen = [(self._waiting[piece.number], self._tokens(piece)) for piece in pieces]
         if not chosen:
             return
@@ -186,9 +186,9 @@ class Engine:
         if work.number not in self._in_pass:
             self._settle(work)
 
-    def _decoding(self) -> int:
-        now_s = time.monotonic()
-        return sum(1 for session in self._sessions if now_s - session.decoded_s < DECODING_S)
+    def _decoding(self, now_s: float) -> Iterator[Session]:
+        """The sessions in the middle of an answer, their next steps here or elsewhere in their chains."""
+        return (session for session in self._sessions if now_s - session.decoded_s < DECODING_S)
 
     # ------------------------------------------------------------------ room for keys and values
 

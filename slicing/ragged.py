@@ -107,7 +107,8 @@ class RaggedSpan:
             hidden states after the span, [1, q, H] each.
         """
         model, (span,) = self._model, {stretch.cache.span for stretch in stretches}
-        hidden = torch.cat([stretch.hidden.to(model.device) for stretch in stretches], dim=-2)
+        parts = [stretch.hidden.to(model.device) for stretch in stretches]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
         positions = torch.cat([torch.arange(s.start, s.start + s.tokens, device=model.device) for s in stretches])
         # Alone, a session gets the very bits of a single step.
         turned = self._turns and len(stretches) > 1 and hidden.shape[-2] <= TURNED_ROWS
