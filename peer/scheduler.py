@@ -32,10 +32,10 @@ UNKNOWN_MS: Final = 10.0
 LEAST_MS: Final = 0.01
 REMEMBERED: Final = 16  # passes of each kind
 
-GATHERING: Final = 0.75
+GATHERING: Final = 0.9
 """Of the time of a pass: so long it may wait for steps that are due. Without them there would be two passes: whoever
 waits for less than the time of one, gains."""
-LATE: Final = 0.15
+LATE: Final = 0.3
 """Of the time of a pass: so much later than expected a step may come."""
 
 
