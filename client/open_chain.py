@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -35,6 +37,9 @@ from protocol.messages import Open, Opened, Progress, Route, Step
 from protocol.span import Span, missing_spans
 
 logger = logging.getLogger(__name__)
+
+QUIET_S = 0.3  # so long a hop may be silent, though others have answered; or longer, where round trips are
+QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
 
 
 class Peers(Protocol):
@@ -164,9 +169,30 @@ class OpenChain:
         self._stats.relayed += 1
         await self.send(following, replace(step, epoch=self.epoch))
 
-    async def reports(self, timeout_s: float) -> list[Report]:
-        """How far each hop is, by its own word."""
-        return await asyncio.gather(*(hop.progress(timeout_s) for hop in self.hops))
+    async def reports(self, timeout_s: float, slack_s: float = 0.0) -> list[Report]:
+        """How far each hop is, by its own word. All are asked at once: once others have answered, one that is silent is
+        given no more than a few times as long.
+
+        Args:
+            slack_s: what lines that are busy with a large step may add.
+        """
+        rtts_ms, began_s = self._peers.times().rtts_ms, time.monotonic()
+        asked = {asyncio.ensure_future(hop.progress(timeout_s + slack_s)): hop for hop in self.hops}
+        silent, answered_s = set(asked), math.inf
+        try:
+            while silent:
+                slowest_s = max(rtts_ms.get(asked[each].link.peer.peer_id, 0.0) / 1e3 for each in silent)
+                allowed_s = min(timeout_s, max(QUIET_S, QUIET_FACTOR * max(slowest_s, answered_s)))
+                left_s = None if answered_s == math.inf else began_s + allowed_s + slack_s - time.monotonic()
+                done, silent = await asyncio.wait(silent, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                if any(isinstance(each.result(), Progress) for each in done):
+                    answered_s = time.monotonic() - began_s
+        finally:
+            for each in silent:
+                each.cancel()
+        return [hop.silent() if each in silent else each.result() for each, hop in asked.items()]
 
     # ------------------------------------------------------------------ edges that are cut
 

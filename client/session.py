@@ -213,7 +213,7 @@ class Session:
             ChainBroken: hops are silent, or have been at it for too long.
         """
         chain, slack_s = self._chain, entry.nbytes / SLOWEST_BYTES_PER_S
-        reports = await chain.reports(self._config.probe_timeout_s + slack_s)
+        reports = await chain.reports(self._config.probe_timeout_s, slack_s)
         verdict = inquest.judge(reports, entry.step_id)
         silent = [(chain.hops[i], reports[i]) for i in verdict.lost]
         if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:

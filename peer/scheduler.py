@@ -176,9 +176,7 @@ class Scheduler:
                 break
         return chosen
 
-    def _prefills(
-        self, line: Iterable[Waiting], costs: Costs, decodes: Sequence[Piece], decoding: int
-    ) -> list[Piece]:
+    def _prefills(self, line: Iterable[Waiting], costs: Costs, decodes: Sequence[Piece], decoding: int) -> list[Piece]:
         room = self._max_tokens - sum(piece.tokens for piece in decodes)
         if decoding:
             share = self._prefill_share
