@@ -27,6 +27,7 @@ from slicing import (
     Progress,
     RemoteCache,
     fingerprint,
+    hasten,
     load_config,
     load_head,
     model_class,
@@ -291,6 +292,7 @@ def _build(
     dtype = None if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
     head = load_head(source, dtype=dtype, device=config.device, progress=progress)
     blocks = RemoteBlocks(swarm, fingerprint(source), n_blocks(load_config(source)), config, on_event)
+    hasten(head, torch.get_num_threads())
     head.attach(blocks)
     # The architecture's class first in name, SwarmModel first in behaviour.
     kind = type(head)

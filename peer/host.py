@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import grpc
+import torch
 
 from dht.background import background
 from dht.record import State
@@ -31,7 +32,7 @@ from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import RaggedSpan, SpanCache, SpanModel, trouble, turning_pays
+from slicing import RaggedSpan, SpanCache, SpanModel, hasten, trouble
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class SpanHost:
         Raises:
             ConfigError: the port is taken, or the address is not this machine's.
         """
+        await asyncio.to_thread(hasten, model.model, config.threads or torch.get_num_threads())
         per_token = await asyncio.to_thread(probe_kv_bytes, model)
         ragged = await asyncio.to_thread(batching, model, config.max_batch)
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
@@ -270,7 +272,7 @@ def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
     if reason := trouble(model):
         logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
         return None
-    return RaggedSpan(model, turns=turning_pays(model))
+    return RaggedSpan(model)
 
 
 def probe_kv_bytes(model: SpanModel) -> int:
