@@ -8,9 +8,10 @@ otherwise (2.13, MKL, AVX2). What holds on this machine is found out here, for e
 
 from __future__ import annotations
 
+import math
 import threading
-import timeit
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,8 @@ from torch.nn import functional
 
 TURNED_ROWS: Final = 64  # of a pass, at most, for which matrices are turned
 TRIED_ROWS: Final = 8
-TRIES: Final = 5
+TRIED_BYTES: Final = 128 << 20  # of matrices, for each way
+TRIES: Final = 7
 PAYS: Final = 0.95  # of torch's own time: what takes longer is left to torch
 SEED: Final = 7
 
@@ -57,24 +59,22 @@ class FewRows(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
-def hasten(module: nn.Module, threads: int, choose: Callable[[nn.Linear, int], Ways] | None = None) -> None:
+def hasten(module: nn.Module, threads: int, choose: Callable[[Sequence[nn.Linear], int], Ways] | None = None) -> None:
     """Makes each plain linear layer inside `module` a `FewRows`, where that is faster here.
 
     Args:
         threads: that torch will compute with.
-        choose: for one layer of each shape; `ways_for` if not given.
+        choose: for layers of one shape; `ways_for` if not given.
     """
-    choose = choose or ways_for
-    found: dict[tuple[int, int, bool], Ways] = {}
+    kinds: dict[tuple[int, int, bool], list[nn.Linear]] = {}
     for layer in module.modules():
-        if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32 or not layer.weight.is_cpu:
-            continue
-        kind = (layer.in_features, layer.out_features, layer.bias is not None)
-        if kind not in found:
-            found[kind] = choose(layer, threads)
-        if found[kind] != Ways():
+        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.is_cpu:
+            kinds.setdefault((layer.in_features, layer.out_features, layer.bias is not None), []).append(layer)
+    for layers in kinds.values():
+        ways = (choose or ways_for)(layers, threads)
+        for layer in layers if ways != Ways() else ():
             layer.__class__ = FewRows
-            cast(FewRows, layer).__dict__["ways"] = found[kind]
+            cast(FewRows, layer).__dict__["ways"] = ways
 
 
 @contextmanager
@@ -106,20 +106,32 @@ def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.inference_mode()
-def ways_for(layer: nn.Linear, threads: int) -> Ways:
-    """What is faster here for this layer, and, of one row, gives the same bits."""
-    weight, bias = layer.weight, layer.bias
-    x = torch.randn(TRIED_ROWS, layer.in_features, generator=torch.Generator().manual_seed(SEED))
-    plain = partial(functional.linear, weight=weight, bias=bias)
-    turns = _is_faster(partial(turned, weight=weight, bias=bias), plain, x)
-    split = partial(in_parts, weight=weight, bias=bias, parts=threads)
-    if threads < 2 or layer.out_features % threads or not weight.is_contiguous():
+def ways_for(layers: Sequence[nn.Linear], threads: int) -> Ways:
+    """What is faster here for layers of one shape, and, of one row, gives the same bits."""
+    first = layers[0]
+    tried = layers[: max(1, TRIED_BYTES // first.weight.nbytes)]
+    x = torch.randn(TRIED_ROWS, first.in_features, generator=torch.Generator().manual_seed(SEED))
+    turns = _is_faster(turned, x, tried)
+    if threads < 2 or first.out_features % threads or not all(layer.weight.is_contiguous() for layer in layers):
         return Ways(turns=turns)
-    if not all(torch.equal(split(row), plain(row)) for row in torch.split(x, 1)):
+    split = partial(in_parts, parts=threads)
+    if not all(torch.equal(split(row, first.weight, first.bias), _plain(row, first)) for row in torch.split(x, 1)):
         return Ways(turns=turns)
-    return Ways(threads if _is_faster(split, plain, x[:1]) else 1, turns)
+    return Ways(threads if _is_faster(split, x[:1], tried) else 1, turns)
 
 
-def _is_faster(way: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    way_s, plain_s = (min(timeit.repeat(partial(each, x), number=1, repeat=TRIES)) for each in (way, plain))
-    return way_s < PAYS * plain_s
+def _plain(x: Tensor, layer: nn.Linear) -> Tensor:
+    return functional.linear(x, layer.weight, layer.bias)
+
+
+def _is_faster(way: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """One layer after the other, so that none is in the processor's cache; in turns, so that whatever else the machine
+    does meets both."""
+    best_s = [math.inf, math.inf]
+    for _ in range(TRIES):
+        for index, multiply in enumerate((way, None)):
+            began_s = time.perf_counter()
+            for layer in layers:
+                _plain(x, layer) if multiply is None else multiply(x, layer.weight, layer.bias)
+            best_s[index] = min(best_s[index], time.perf_counter() - began_s)
+    return best_s[0] < PAYS * best_s[1]

@@ -49,7 +49,7 @@ def test_these_are_exact(name: str, source: Callable[[str], ModelSource]) -> Non
     model = load_span(source(name), WHOLE)
     assert trouble(model) == ""
     check(model, lengths=(21, 5, 1, 13), seed=1)
-    hasten(model.model, 2, lambda layer, threads: Ways(threads, turns=True))
+    hasten(model.model, 2, lambda layers, threads: Ways(threads, turns=True))
     check(model, lengths=(21, 5, 1, 13), seed=2)
 
 

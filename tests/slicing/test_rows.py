@@ -92,5 +92,5 @@ def test_others_are_left_alone() -> None:
 
 
 def test_what_cannot_be_split_is_not() -> None:
-    assert ways_for(layer(outer=127), 2).parts == 1
-    assert ways_for(layer(), 1).parts == 1
+    assert ways_for([layer(outer=127)], 2).parts == 1
+    assert ways_for([layer()], 1).parts == 1
