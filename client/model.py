@@ -21,6 +21,7 @@ from client.open_chain import SessionStats
 from client.remote import Plan, RemoteBlocks
 from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
 from client.swarm import Swarm
+from client.trace import Trace
 from client.window import Window
 from protocol.errors import ConfigError
 from slicing import (
@@ -246,6 +247,10 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     def summary(self) -> str:
         """One sentence on the session that was used last: its chain, steps, time per step, reroutes."""
         return self.blocks.summary()
+
+    def trace(self) -> Trace:
+        """What became of the steps of the session that was used last, hop by hop."""
+        return self.blocks.last_record.trace()
 
     def close(self) -> None:
         """Leaves the swarm, if this model joined it by itself."""
