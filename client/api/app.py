@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
+from client.api import page
 from client.api.chat import chat
 from client.api.completions import complete
 from client.api.errors import body_of, from_validation, headers_of, http_error, internal_error, status_of
@@ -47,6 +48,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     _add_page(app)
     _add_models(app, gateway)
     _add_watching(app, gateway)
+    app.router.routes.extend(page.routes())
 
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request, body: ChatRequest) -> Response:

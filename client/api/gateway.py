@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from client.api.answers import Answer, Answers
 from client.api.config import ApiConfig
@@ -18,27 +18,16 @@ from client.api.schemas import Common
 from client.model import SwarmModel
 from client.session import Session
 from client.text import load_tokenizer
+from client.trace import trace_of
 from protocol.errors import SwarmNotFound
 
 LOOK_S = 1.0  # between two looks at a swarm that is not whole
 TRACE_S = 0.25  # between two traces in a stream
 
 
-class Trace(Protocol):
-    """What became of a session so far."""
-
-    def as_json(self) -> dict[str, Any]: ...
-
-
-TraceOf = Callable[[Session], Trace]
-
-
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One model behind the HTTP interface. `name`: of the model, in requests and answers.
-
-    `trace_of`: tells of a session's chain, for requests that ask for it; None: nothing does.
-    """
+    """One model behind the HTTP interface. `name`: of the model, in requests and answers."""
 
     model: SwarmModel
     name: str
@@ -48,7 +37,6 @@ class Gateway:
     config: ApiConfig
     metrics: Metrics
     created: int
-    trace_of: TraceOf | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -79,16 +67,8 @@ class Gateway:
             self.prompts.of_ids(tuple(request.logit_bias), param="logit_bias")
 
     def tracer(self, request: Common, answers: Sequence[Answer]) -> Tracer | None:
-        """Traces for the request's stream, if it asks for them.
-
-        Raises:
-            BadRequest: nobody here can trace.
-        """
-        if not request.potluck.trace:
-            return None
-        if self.trace_of is None:
-            raise BadRequest("this server does not trace", param="potluck.trace")
-        return Tracer(self.trace_of, answers[0])
+        """Traces for the request's stream, if it asks for them."""
+        return Tracer(answers[0]) if request.potluck.trace else None
 
     async def missing(self) -> list[str]:
         """The blocks that no peer serves; all of them, if the swarm does not know the model.
@@ -112,8 +92,7 @@ class Tracer:
 
     every_s = TRACE_S
 
-    def __init__(self, trace_of: TraceOf, answer: Answer) -> None:
-        self._trace_of = trace_of
+    def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._session: Session | None = None
         self._said: dict[str, Any] | None = None
@@ -128,14 +107,14 @@ class Tracer:
         if self._session is None:
             return None
         self._at_s = now_s
-        trace = self._trace_of(self._session).as_json()
+        trace = trace_of(self._session).as_json() | {"tokens": self._answer.tokens}
         if trace == self._said and not last:
             return None
         self._said = trace
         return trace
 
 
-def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None = None) -> Gateway:
+def open_gateway(model: SwarmModel, config: ApiConfig) -> Gateway:
     """A gateway to a joined model. Its threads end with `answers.close()`.
 
     Raises:
@@ -149,4 +128,4 @@ def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None 
     answers = Answers(model, prompts, parallel=config.parallel, queue=config.queue, when_over=metrics.note_answer)
     metrics.watch(answers, model)
     grammars, now = Grammars(prompts), int(time.time())
-    return Gateway(model, model.source.name, prompts, grammars, answers, config, metrics, now, trace_of)
+    return Gateway(model, model.source.name, prompts, grammars, answers, config, metrics, now)

@@ -83,7 +83,7 @@ class Local:
     @contextmanager
     def another(self, **settings: Any) -> Iterator[Local]:
         """The same model behind a second gateway with these settings."""
-        gateway = open_gateway(self.gateway.model, ApiConfig(**({"port": 0} | settings)), self.gateway.trace_of)
+        gateway = open_gateway(self.gateway.model, ApiConfig(**({"port": 0} | settings)))
         running = Local(self.loop, self.hosts, self.reader, gateway)
         with _server(gateway) as running.url:
             try:
@@ -113,7 +113,7 @@ class Local:
 
 
 @contextmanager
-def local(*spans: str, trace_of: Any = None, **settings: Any) -> Iterator[Local]:
+def local(*spans: str, **settings: Any) -> Iterator[Local]:
     """Peers of these spans of the demo model, and a gateway with these settings of `ApiConfig`."""
     config = ApiConfig(**({"port": 0} | settings))
     with _loop() as loop:
@@ -122,7 +122,7 @@ def local(*spans: str, trace_of: Any = None, **settings: Any) -> Iterator[Local]
         reader, swarm = Reader(hosts), Swarm(CLIENT)
         swarm._loop, swarm._reader = loop, cast(Any, reader)
         model = SwarmModelForCausalLM.from_pretrained(DEMO, swarm=swarm, config=CLIENT)
-        running = Local(loop, hosts, reader, open_gateway(model, config, trace_of))
+        running = Local(loop, hosts, reader, open_gateway(model, config))
         try:
             with _server(running.gateway) as running.url:
                 yield running

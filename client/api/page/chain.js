@@ -4,6 +4,7 @@ const HUES = [18, 168, 222, 286, 44, 340, 198, 96]; // one for each peer, in the
 const BEATS = 60; // tokens in the picture of the last ones
 const LEAVING_MS = 2600; // a lost peer stays in sight for so long
 const RATE_WINDOW_MS = 4000;
+const TOGETHER_MS = 3; // what comes within this time came at once
 
 /**
  * The chain, drawn into the page's `#chain`. Begin with `begin`, then `see` each chunk's trace and `beat` with each
@@ -69,7 +70,9 @@ export class Chain {
   beat(total) {
     const tokens = Math.max(1, (total ?? 0) - this.#tokens);
     const now = performance.now();
-    if (this.#times.length) this.#beats.push((now - this.#times.at(-1)) / tokens);
+    const passed = now - (this.#times.at(-1) ?? now);
+    if (passed > TOGETHER_MS) this.#beats.push({ ms: passed, tokens });
+    else if (this.#beats.length) this.#beats.at(-1).tokens += tokens; // one step brought several
     this.#times.push(now);
     this.#tokens += tokens;
     this.#drawBeats();
@@ -217,7 +220,7 @@ export class Chain {
   }
 
   #drawBeats() {
-    const beats = this.#beats.slice(-BEATS);
+    const beats = this.#beats.slice(-BEATS).map(({ ms, tokens }) => ms / tokens);
     const first = this.#beats.length - beats.length;
     document.getElementById("beat").hidden = beats.length < 4;
     if (beats.length < 4) return;
