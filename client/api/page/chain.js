@@ -1,6 +1,8 @@
 // Draws the chain that answers: its peers as a pipeline, what each does to a token, and what changes, as it changes.
 
 const HUES = [18, 168, 222, 286, 44, 340, 198, 96]; // one for each peer, in the order in which they are seen first
+const MOST_CELLS = 48; // blocks that can be told apart in a strip
+const TALLEST = 8; // medians: a reroute may take a hundred times as long as a token, and would hide all others
 const BEATS = 60; // tokens in the picture of the last ones
 const LEAVING_MS = 2600; // a lost peer stays in sight for so long
 const RATE_WINDOW_MS = 4000;
@@ -13,6 +15,7 @@ const TOGETHER_MS = 3; // what comes within this time came at once
 export class Chain {
   #seats = new Map(); // by "peer id blocks": the element of each hop in sight
   #hues = new Map(); // by peer id
+  #names = new Map(); // by the end of a peer id, which is how the server's sentences name it
   #told = 0; // events of this answer that are in the list
   #reroutes = 0;
   #times = []; // of pieces of text, milliseconds
@@ -44,6 +47,7 @@ export class Chain {
     this.#trace = null;
     this.#hint("Choosing peers…");
     this.#drawBeats();
+    document.getElementById("rate").hidden = true;
   }
 
   /** What the last answer of an earlier visit was made by. */
@@ -56,14 +60,14 @@ export class Chain {
     if (!trace || !Array.isArray(trace.chain)) return;
     this.#trace = trace;
     this.root.dataset.phase = "answering";
-    const news = (trace.events ?? []).slice(this.#told);
-    this.#told += news.length;
-    for (const text of news) this.#tell(String(text));
     if ((trace.reroutes ?? 0) > this.#reroutes) {
       this.#reroutes = trace.reroutes;
       this.#marks.add(this.#beats.length);
     }
     this.#seat(trace.chain.map(asHop), trace.n_blocks);
+    const news = (trace.events ?? []).slice(this.#told);
+    this.#told += news.length;
+    for (const text of news) this.#tell(String(text));
   }
 
   /** Another piece of the answer came; with it there are so many tokens, where the server says so. */
@@ -111,7 +115,6 @@ export class Chain {
       if (seat.dataset.state === "gap") this.#remove(place, seat);
       else if (seat.dataset.state === "answers") this.#lose(place, seat);
     }
-    let before = null;
     for (const hop of shown) {
       const place = placeOf(hop);
       let seat = this.#seats.get(place);
@@ -119,39 +122,46 @@ export class Chain {
         seat = this.#newSeat(hop, total);
         this.#seats.set(place, seat);
       }
-      if (seat.dataset.state === "lost") {
-        clearTimeout(seat.timer); // it is back
-      }
+      clearTimeout(seat.timer); // it may be back
       seat.dataset.state = hop.isGap ? "gap" : "answers";
       this.#fill(seat, hop, slowest);
-      if (before ? before.nextElementSibling !== seat : this.list.firstElementChild !== seat) {
-        before ? before.after(seat) : this.list.prepend(seat);
-      }
-      before = seat;
     }
+    this.#order();
     this.#hint("Choosing peers…");
     document.getElementById("key").hidden = !hops.some((hop) => hop.parts);
   }
 
+  /** By blocks; who was lost stands before who is there instead. */
+  #order() {
+    const rank = (seat) => [seat.start, seat.dataset.state === "answers" ? 2 : seat.dataset.state === "gap" ? 1 : 0];
+    const wanted = [...this.#seats.values()].sort((a, b) => rank(a)[0] - rank(b)[0] || rank(a)[1] - rank(b)[1]);
+    const isOrdered = wanted.length === this.list.children.length && wanted.every((seat, i) => seat === this.list.children[i]);
+    if (!isOrdered) this.list.replaceChildren(...wanted);
+  }
+
   #newSeat(hop, total) {
     const seat = element("li", "hop");
-    const blocks = `blocks ${hop.start}:${hop.stop}`;
+    seat.start = hop.start;
     const strip = element("span", "strip");
     const part = element("i");
     strip.append(part);
     seat.style.setProperty("--from", `${(100 * hop.start) / total}%`);
     seat.style.setProperty("--wide", `${(100 * (hop.stop - hop.start)) / total}%`);
+    seat.style.setProperty("--cells", String(total));
+    strip.classList.toggle("cells", total <= MOST_CELLS);
     seat.style.setProperty("--share", String(hop.stop - hop.start));
-    if (!hop.isGap) seat.style.setProperty("--hue", String(this.#hue(hop.peerId)));
+    if (!hop.isGap) {
+      seat.style.setProperty("--hue", String(this.#hue(hop.peerId)));
+      this.#names.set(hop.peerId.slice(-8), hop.name);
+    }
     const card = element("div", "card");
-    const top = element("p", "who");
-    top.append(element("span", "name", hop.isGap ? "looking for a peer" : hop.name), element("span", "ms"));
-    top.firstElementChild.title = hop.peerId;
-    const range = element("p", "range");
-    range.append(element("span", "blocks", blocks), element("span", "how"));
+    const name = element("span", "name", hop.isGap ? "looking for a peer" : hop.name);
+    name.title = hop.peerId;
+    const blocks = element("span", "blocks");
+    blocks.append(element("span", "word", "blocks "), `${hop.start}:${hop.stop}`);
     const bar = element("div", "bar-of-ms");
     bar.append(element("i", "compute"), element("i", "queue"), element("i", "network"));
-    card.append(top, range, strip, bar);
+    card.append(name, element("span", "ms"), blocks, element("span", "how"), strip, bar);
     seat.append(element("span", "dot"), card);
     return seat;
   }
@@ -200,12 +210,15 @@ export class Chain {
 
   /** What stands where no chain is drawn. */
   #hint(text) {
-    document.getElementById("chain-hint").textContent = this.list.children.length ? "" : text;
+    document.getElementById("chain-hint").textContent = this.#seats.size ? "" : text;
   }
 
   // ---------------------------------------------------------------- what changed, and how fast it goes
 
-  #tell(text) {
+  #tell(said) {
+    const text = said
+      .replace(/\bpeer (\S{8}) \(/g, (whole, end) => (this.#names.has(end) ? `${this.#names.get(end)} (` : whole))
+      .replaceAll(" -> ", " → ");
     const item = element("li");
     const time = element("time", "", new Date().toLocaleTimeString([], { hour12: false }));
     item.append(time, element("span", "", text));
@@ -224,22 +237,22 @@ export class Chain {
     const first = this.#beats.length - beats.length;
     document.getElementById("beat").hidden = beats.length < 4;
     if (beats.length < 4) return;
-    // A reroute may take a hundred times as long as a token: the roots of times stay comparable to the eye.
-    const tallest = Math.sqrt(Math.max(...beats));
+    const sorted = [...beats].sort((a, b) => a - b);
+    const median = sorted[sorted.length >> 1];
+    const tallest = Math.min(sorted.at(-1), TALLEST * median);
     const width = 240 / BEATS;
     const bars = beats.map((ms, i) => {
       const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-      const height = Math.max(1.5, (38 * Math.sqrt(ms)) / tallest);
+      const height = Math.max(1.5, 38 * Math.min(1, ms / tallest));
       const at = { x: i * width + 0.5, y: 40 - height, width: width - 1, height, rx: 0.8 };
       for (const [name, value] of Object.entries(at)) bar.setAttribute(name, value.toFixed(2));
       if (this.#marks.has(first + i)) bar.setAttribute("class", "reroute");
       return bar;
     });
     document.getElementById("beats").replaceChildren(...bars);
-    const sorted = [...beats].sort((a, b) => a - b);
     const reroutes = this.#reroutes ? `, ${this.#reroutes} ${this.#reroutes === 1 ? "reroute" : "reroutes"}` : "";
     document.getElementById("beat-text").textContent =
-      `${shown(sorted[sorted.length >> 1])} ms per token, ${shown(sorted.at(-1))} at most${reroutes}`;
+      `${shown(median)} ms per token, ${shown(sorted.at(-1))} at most${reroutes}`;
   }
 }
 
