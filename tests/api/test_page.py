@@ -41,7 +41,7 @@ const a = "<b>";
 
 | x | y |
 |---|---|
-| 1 | 2 |
+| 1 | 2<br>3 |
 """
 
 
@@ -216,6 +216,8 @@ def test_a_hostile_answer_is_text(page: Page) -> None:
     assert names <= {"href", "target", "rel", "class", "tabindex", "role", "aria-label"}
     classes = page.browser.evaluate(f"[...{body}.querySelectorAll('[class]')].map(e => e.className)")
     assert set(classes) == {"wide"}
+    assert "<script>window.hacked = 1</script>" in page.last, "it is shown as it was written"
+    assert page.browser.evaluate(f"{body}.querySelectorAll('td br').length") == 1, "what is harmless is as it was meant"
     links = page.browser.evaluate(f"[...{body}.querySelectorAll('a[href]')].map(e => e.href)")
     assert links == ["http://127.0.0.1:9/spy.png", "https://example.org/a"]
     assert page.browser.evaluate(f"{body}.querySelector('pre').innerText").strip() == 'const a = "<b>";'
@@ -291,10 +293,9 @@ def test_the_models_to_choose_from(page: Page) -> None:
 def test_a_key_is_asked_for_once(page: Page) -> None:
     page.fake.key = "sesame"
     page.open()
-    for given in ("wrong", "sesame"):
-        page.browser.until("document.querySelector('#key-dialog').open", "the question for a key")
+    for given, said in (("wrong", "Its operator has it"), ("sesame", "not the right one")):
+        page.browser.until(f"document.querySelector('#key-dialog[open]')?.innerText.includes('{said}')", "a question")
         page.browser.driver.find_element("id", "api-key").send_keys(given, Keys.ENTER)
-        page.browser.until("!document.querySelector('#key-dialog').open", "an end of it")
     page.browser.until("!document.querySelector('#model').disabled", "models")
     page.open()
     page.ask("Hello", "Hi.")

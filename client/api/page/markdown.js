@@ -16,6 +16,9 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 
+// HTML in an answer is shown as it was written, but for what people write into Markdown where it has no sign of its own.
+const HARMLESS = /^<\/?(?:br|sub|sup|del|s)\s*\/?>$/i;
+
 const marked = new Marked({
   gfm: true,
   breaks: true,
@@ -23,6 +26,10 @@ const marked = new Marked({
     heading({ tokens, depth }) {
       const level = Math.min(6, depth + 2); // the page has the levels above
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>\n`;
+    },
+    html({ text, block }) {
+      if (HARMLESS.test(text.trim())) return text;
+      return block ? `<p>${escaped(text.trim())}</p>\n` : escaped(text);
     },
     image({ href, text }) {
       return `<a href="${escaped(href)}">${escaped(text || "an image")}</a>`; // never loaded: it would tell who reads
