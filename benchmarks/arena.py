@@ -40,7 +40,7 @@ class Tuning:
 
     Attributes:
         unsplit_threads: of the unsplit model's operations.
-        peer_threads, client_threads: of a peer's, and of a client's head.
+        peer_threads, client_threads, api_threads: of a peer's, of a client's head, and of that of many clients.
         client_passive: OpenMP's threads sleep between two operations instead of spinning, in clients.
         peer_passive, unsplit_passive: the same in peers, and in the unsplit model's process.
     """
@@ -48,6 +48,7 @@ class Tuning:
     unsplit_threads: int = 2
     peer_threads: int = 2
     client_threads: int = 1
+    api_threads: int = 1
     client_passive: bool = True
     peer_passive: bool = False
     unsplit_passive: bool = False

@@ -52,6 +52,27 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def with_tokenizer(name: str) -> Path:
+    """The same model in a folder that has a tokenizer, too: each token is a word, `w0` to `w31999`."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = folder_of(name)
+    folder = plain.with_name(f"{name}-words")
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=plain.parent) as place:
+            made = Path(place, folder.name)
+            made.mkdir()
+            for file in plain.iterdir():
+                (made / file.name).symlink_to(file)
+            words = {f"w{token}": token for token in range(VOCABULARY)}
+            model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+            model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+            PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(made)
+            made.rename(folder)
+    return folder
+
+
 def make(shape: Shape, folder: Path) -> None:
     """Writes the seeded model, float32, without a tokenizer. Its answers do not end by themselves."""
     import torch

@@ -16,6 +16,7 @@ MEASURED: Final[dict[str, tuple[str, str]]] = {
     "hop": ("benchmarks.hop", "what each hop costs per token"),
     "ttft": ("benchmarks.ttft", "first token of prompts of 64 to 2,048 tokens"),
     "concurrency": ("benchmarks.concurrency", "1 to 16 clients at once"),
+    "api": ("benchmarks.api", "1 to 16 requests at once through one API process"),
     "interference": ("benchmarks.interference", "a long prompt beside sessions that decode"),
     "pipeline": ("benchmarks.pipeline", "a long prompt over emulated devices"),
     "wan": ("benchmarks.wan", "links of 5 to 50 ms, 100 Mbit/s; prompt lookup"),

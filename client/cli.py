@@ -1,13 +1,16 @@
-"""`python -m client`: generate, chat, status. The answer goes to stdout, everything else to stderr."""
+"""`python -m client`: generate, chat, status, api. The answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from client.api.config import LOOPBACK, ApiConfig
+from client.api.config import SECTION as API_SECTION
 from client.config import SECTION, ClientConfig
 from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
 from protocol.errors import ConfigError
@@ -33,6 +36,19 @@ def sampling_options(function: Any) -> Any:
     return function
 
 
+def trace_options(function: Any) -> Any:
+    """The options that tell where an answer's time went."""
+    function = click.option(
+        "--trace-file",
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        default=None,
+        help="Add all of that to this file, as one line of JSON for each answer.",
+    )(function)
+    return click.option(
+        "--trace", is_flag=True, help="After an answer, say on stderr what each peer of its chain did to it."
+    )(function)
+
+
 @click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="potluck")
 @click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
@@ -54,9 +70,12 @@ def cli(verbose: int) -> None:
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
 @click.option("--num-beams", type=int, default=1, show_default=True, help="Beam search with so many beams.")
 @click.option("--stats", is_flag=True, help="Afterwards, say on stderr which peers answered and how fast.")
+@trace_options
 @sampling_options
 @config_options(ClientConfig)
-def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any) -> None:
+def generate(
+    prompt: str, raw: bool, num_beams: int, stats: bool, trace: bool, trace_file: Path | None, **options: Any
+) -> None:
     """Answer PROMPT (- reads it from stdin) and write the answer to stdout.
 
     \b
@@ -65,6 +84,7 @@ def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any
       echo "What is 27 + 58?" | python -m client generate -
       python -m client generate --raw --temperature 0.8 "Once upon a time"
     """
+    from client.report import reporting
     from client.text import answer, encode_messages, encode_text, load_tokenizer
 
     if prompt == "-":
@@ -75,21 +95,24 @@ def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any
     with _model(options) as model:
         tokenizer = load_tokenizer(model.source)
         ids = encode_text(tokenizer, prompt) if raw else encode_messages(tokenizer, [_said("user", prompt)])
-        answer(model, tokenizer, ids, sampling, _write)
-        click.echo()
+        with reporting(model, shown=trace, file=trace_file):
+            answer(model, tokenizer, ids, sampling, _write)
+            click.echo()
         if stats:
             click.echo(model.summary(), err=True)
 
 
 @cli.command()
 @click.option("--system", default=None, help="What the model is told before the conversation.")
+@trace_options
 @sampling_options
 @config_options(ClientConfig)
-def chat(system: str | None, **options: Any) -> None:
+def chat(system: str | None, trace: bool, trace_file: Path | None, **options: Any) -> None:
     """Talk with the swarm's model. Ctrl-C stops an answer; /new starts over, /exit or Ctrl-D leaves.
 
     What was said stays on the peers: each turn sends its new words only.
     """
+    from client.report import reporting
     from client.text import answer, encode_messages, interruptible, load_tokenizer
 
     sampling = _sampling(options)
@@ -105,7 +128,7 @@ def chat(system: str | None, **options: Any) -> None:
                     messages = list(opening)
                 elif line:
                     messages.append(_said("user", line))
-                    with interruptible() as stop:
+                    with reporting(model, shown=trace, file=trace_file), interruptible() as stop:
                         try:
                             ids = encode_messages(tokenizer, messages)
                             text = answer(model, tokenizer, ids, sampling, _write, stop)
@@ -113,7 +136,7 @@ def chat(system: str | None, **options: Any) -> None:
                             messages.pop()  # nothing came of it
                         else:
                             messages.append(_said("assistant", text))
-                    click.echo()
+                        click.echo()
 
 
 @cli.command()
@@ -135,6 +158,27 @@ def status(as_json: bool, **options: Any) -> None:
     else:
         render(found)
     sys.exit(0 if all(not model["missing"] for model in found["models"]) else 1)
+
+
+@cli.command()
+@config_options(ApiConfig)
+@config_options(ClientConfig)
+def api(**options: Any) -> None:
+    """Serve the swarm's model over HTTP, as OpenAI's interface: for its clients, and for all that can use them.
+
+    \b
+    Examples:
+      python -m client api
+      OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python my_program.py
+      POTLUCK_API_KEY=secret python -m client api --host 0.0.0.0
+    """
+    config, client = load(ApiConfig, options, section=API_SECTION), _config(options)
+    if config.host not in LOOPBACK and not config.api_key:
+        click.echo(f"Anyone who reaches {config.host} can use this server: give it a key with --api-key.", err=True)
+
+    from client.api.server import serve
+
+    serve(client, config, click.echo, lambda text: click.echo(f"· {text}", err=True))
 
 
 def _config(options: dict[str, Any]) -> ClientConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +16,12 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 
 from client.chain import Link
 from client.config import ClientConfig
+from client.lm_head import SharedHead
 from client.open_chain import SessionStats
-from client.remote import RemoteBlocks
+from client.remote import Plan, RemoteBlocks
 from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
 from client.swarm import Swarm
+from client.trace import Trace
 from client.window import Window
 from protocol.errors import ConfigError
 from slicing import (
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 class GenerationSession:
     """A conversation: what was said stays on the peers, only new tokens travel. Made by `model.session()`.
 
+    One answer at a time; several sessions of a model may be at work in as many threads.
+
     Attributes:
         cache: the session's cache; pass it as `past_key_values` to go lower than `generate`.
         tokens: int64 [rows, n], the tokens that the peers have, as far as `generate` made them; None before.
@@ -54,9 +59,9 @@ class GenerationSession:
     """
 
     def __init__(self, max_tokens: int, window: int | None = None) -> None:
-        self.max_tokens = max_tokens
+        self._plan = Plan(max_tokens)
         self._window = window
-        self.cache = RemoteCache()
+        self.cache = self._new_cache()
         self.tokens: Tensor | None = None
 
     def align(self, input_ids: Tensor) -> RemoteCache:
@@ -71,16 +76,21 @@ class GenerationSession:
             kept = min(kept, _common_prefix(self.tokens, input_ids), input_ids.shape[1] - 1)
         crops = kept < self.cache.n_tokens
         if crops and (kept == 0 or (self._window is not None and self.cache.n_tokens >= self._window)):
-            self.cache = RemoteCache()
+            self.cache = self._new_cache()
         elif crops:
             self.cache.crop(kept - self.cache.n_tokens)
         return self.cache
+
+    def _new_cache(self) -> RemoteCache:
+        cache = RemoteCache()
+        cache.handle = self._plan
+        return cache
 
     def note(self, sequences: Tensor | None) -> None:
         """After `generate`: the peers have all of `sequences` but its last token. None: rows were moved about."""
         self.tokens = sequences
         if sequences is None:
-            self.cache = RemoteCache()
+            self.cache = self._new_cache()
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:
@@ -101,10 +111,17 @@ def _max_cached(config: PreTrainedConfig) -> int | None:
     return min(windows, default=None)
 
 
+class _Here(threading.local):
+    """What belongs to one of the threads that use a model."""
+
+    session: GenerationSession | None = None
+
+
 class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
     """What `SwarmModelForCausalLM.from_pretrained` gives: an instance of the architecture's class, and of this one.
 
-    `generate`, `forward` and the rest are Hugging Face's. Use it as a context manager, or `close` it.
+    `generate`, `forward` and the rest are Hugging Face's. Use it as a context manager, or `close` it. Several threads
+    may generate at the same time: the swarm, and the head where it can, compute their answers together.
 
     Attributes:
         speculates: may steps carry guesses at the next tokens? See `ClientConfig.speculate`.
@@ -118,31 +135,39 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     draft: PreTrainedModel | None
     _window: Window
     _owns_swarm: bool
-    _session: GenerationSession | None
+    _here: _Here
 
     @contextmanager
     def session(self, max_tokens: int = 0) -> Iterator[GenerationSession]:
         """Within this context `generate` goes on where it was: only tokens that the peers do not have are sent.
 
+        That is so in the thread that opened it; in others, `generate(..., session=...)` takes it.
+
         Args:
             max_tokens: per row, over the whole conversation; reserved on the peers at the start. 0: as it grows.
 
         Raises:
-            RuntimeError: a session of this model is open already.
+            RuntimeError: this thread has opened a session of this model already.
         """
-        if self._session is not None:
+        if self._here.session is not None:
             raise RuntimeError("a session of this model is open already; use one at a time")
-        self._session = session = GenerationSession(max_tokens, _max_cached(self.config))
+        self._here.session = session = GenerationSession(max_tokens, _max_cached(self.config))
         try:
             yield session
         finally:
-            self._session = None
+            self._here.session = None
             self.blocks.release(session.cache)
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Hugging Face's `generate`; within `session()` it continues the session."""
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, *, session: GenerationSession | None = None, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's `generate`; within `session()` it continues the session.
+
+        Args:
+            session: to be continued, where another thread has opened it.
+        """
         generate = cast(Any, super()).generate
-        session = self._session
+        session = session or self._here.session
         given = inputs if inputs is not None else kwargs.get("input_ids")
         name = "cache_params" if "cache_params" in forward_parameters(self) else "past_key_values"  # mamba's
         if session is None or given is None or name in kwargs:
@@ -161,10 +186,10 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        session = self._session
-        expected = session.max_tokens if session is not None else generation_config.max_length
-        self.blocks.expected_tokens = int(expected or 0)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        for cache in model_kwargs.values():
+            if isinstance(cache, RemoteCache) and cache.handle is None:
+                cache.handle = Plan(int(generation_config.max_length or 0))
 
     # ------------------------------------------------------------------ decoding; transformers' names, semi-private
 
@@ -208,7 +233,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         drafter: Drafter = Lookup()
         if draft is not None and rest.get("inputs_embeds") is None:
             drafter = Draft(draft)
-        loop = Loop(self._window, drafter, self._stats_of, most)
+        loop = Loop(self._window.begin(), drafter, self._stats_of, most)
         return loop.run(self, input_ids, processor, criteria, config, streamer, rest)
 
     def _stats_of(self, cache: RemoteCache) -> SessionStats | None:
@@ -217,12 +242,16 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
 
     @property
     def chain(self) -> tuple[Link, ...]:
-        """The chain that answered last."""
+        """The chain that answered last; of several answers at once, any."""
         return self.blocks.last_chain
 
     def summary(self) -> str:
         """One sentence on the session that was used last: its chain, steps, time per step, reroutes."""
         return self.blocks.summary()
+
+    def trace(self) -> Trace:
+        """What became of the steps of the session that was used last, hop by hop."""
+        return self.blocks.last_record.trace()
 
     def close(self) -> None:
         """Leaves the swarm, if this model joined it by itself."""
@@ -299,7 +328,10 @@ def _build(
     head.__class__ = type(kind.__name__, (SwarmModel, kind), {"__module__": kind.__module__})
     model = cast(SwarmModel, head)
     model.swarm, model.source, model.blocks = swarm, source, blocks
-    model._owns_swarm, model._session = owns_swarm, None
+    model._owns_swarm, model._here = owns_swarm, _Here()
+    shared = SharedHead.of(model)
+    if shared is not None:
+        blocks.on_results = shared.expect
     model.speculates, model.draft, model._window = config.speculate == "auto", None, Window()
     if config.draft is not None:
         model.draft = _load_draft(config.draft, model)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +26,7 @@ from client.open_chain import SessionSpec, SessionStats
 from client.session import Session
 from client.swarm import ModelPeers, Swarm
 from client.times import Times
+from client.trace import Recorder
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing, PeerFault
 from protocol.journal import Entry, Part
@@ -37,12 +41,31 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a cache's handle is before its session begins: tokens per row that it will hold, 0 if not known."""
+
+    max_tokens: int = 0
+
+
+_INTERRUPTED = object()
+"""The handle of a cache whose session shall not begin any more."""
+
+
+def _ignore(thread: int) -> None:
+    """Told of results, and does nothing."""
+
+
 class RemoteBlocks:
-    """All blocks of one model, served by a swarm.
+    """All blocks of one model, served by a swarm. For any number of threads, each with caches of its own.
 
     Args:
-        expected_tokens: asked when a session is opened: how many tokens per row it will hold, 0 if not known.
         on_event: told when a session's chain changes or waits.
+
+    Attributes:
+        fingerprint, n_blocks: of the model.
+        on_results: told, in the swarm's loop, that a pass is through which this thread waits for.
+        last_chain, last_stats: of the session that was used last.
     """
 
     def __init__(
@@ -54,13 +77,14 @@ class RemoteBlocks:
         on_event: Callable[[str], None] = logger.info,
     ) -> None:
         self._swarm = swarm
-        self._fingerprint = fingerprint
-        self._n_blocks = n_blocks
+        self.fingerprint = fingerprint
+        self.n_blocks = n_blocks
         self._config = config
         self.on_event = on_event
-        self.expected_tokens = 0
+        self.on_results: Callable[[int], None] = _ignore
         self.last_chain: tuple[Link, ...] = ()
         self.last_stats = SessionStats()
+        self.last_record = Recorder(n_blocks, self.last_stats)
 
     def run(
         self,
@@ -84,17 +108,23 @@ class RemoteBlocks:
             return self._run_stateless(whole)
         session = self._session(cache, rows=hidden.shape[-3])
         try:
-            results = self._swarm.call(session.run(list(self._entries(whole, cache.n_tokens, ops, session))))
+            entries = list(self._entries(whole, cache.n_tokens, ops, session))
+            results = self._swarm.call(self._pass(session, entries, threading.get_ident()))
         finally:
-            self.last_chain, self.last_stats = session.chain, session.stats
+            self._last(session)
         cache.pending.clear()
         outputs = [_decoded(result, hidden) for result in results]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
+    async def _pass(self, session: Session, entries: Sequence[Entry], thread: int) -> list[StepResult]:
+        results = await session.run(entries)
+        self.on_results(thread)
+        return results
+
     def _run_stateless(self, whole: dict[str, Tensor]) -> Tensor:
         """One pass without memory; where blocks have replicas, the rows of a batch go over several chains at once."""
         hidden = whole[HIDDEN]
-        peers = self._swarm.peers_of(self._fingerprint)
+        peers = self._swarm.peers_of(self.fingerprint)
         codec_name = self._codec(peers)
         portions = self._portions(peers, whole, codec_name)
         sessions: list[Session] = []
@@ -107,8 +137,7 @@ class RemoteBlocks:
         try:
             results = self._swarm.call(_all_of(steps))
         finally:
-            largest = max(sessions, key=lambda session: session.spec.batch)
-            self.last_chain, self.last_stats = largest.chain, largest.stats
+            self._last(max(sessions, key=lambda session: session.spec.batch))
             self._swarm.call(_all_of([session.close for session in sessions]))
         return torch.cat([_decoded(result, hidden) for result in results], dim=-3)
 
@@ -122,7 +151,7 @@ class RemoteBlocks:
         try:
             return plan(
                 [peer for peer in records if codec_name in peer.codecs],
-                Span(0, self._n_blocks),
+                Span(0, self.n_blocks),
                 rows,
                 tokens,
                 times=times,
@@ -143,6 +172,14 @@ class RemoteBlocks:
         if session is not None:
             self._swarm.call(session.close())
 
+    def interrupt(self, cache: RemoteCache) -> None:
+        """Ends the cache's session, from another thread: its step under way and any later one raise CancelledError."""
+        session = self.session_of(cache)
+        if session is None:
+            cache.handle = _INTERRUPTED
+        else:
+            self._swarm.call_soon(session.interrupt)
+
     def summary(self) -> str:
         """One sentence on the session that was used last."""
         stats = self.last_stats
@@ -151,11 +188,17 @@ class RemoteBlocks:
         carried = f", {stats.relayed} carried from peer to peer" if stats.relayed else ""
         return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes{carried}"
 
+    def _last(self, session: Session) -> None:
+        self.last_chain, self.last_stats, self.last_record = session.chain, session.stats, session.record
+
     def _session(self, cache: RemoteCache, rows: int) -> Session:
         if isinstance(cache.handle, Session):
             return cache.handle
-        peers = self._swarm.peers_of(self._fingerprint)
-        session = self._new_session(peers, self._codec(peers), rows, max_tokens=self.expected_tokens)
+        peers = self._swarm.peers_of(self.fingerprint)
+        max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Plan) else 0
+        session = self._new_session(peers, self._codec(peers), rows, max_tokens=max_tokens)
+        if cache.handle is _INTERRUPTED:
+            raise CancelledError
         cache.handle = session
         # The peers' memory is freed as soon as nobody can continue the session.
         weakref.finalize(cache, self._swarm.close_later, session).atexit = False
@@ -165,8 +208,8 @@ class RemoteBlocks:
         self, peers: ModelPeers, codec_name: str, rows: int, *, max_tokens: int = 0, stateless: bool = False
     ) -> Session:
         spec = SessionSpec(
-            self._fingerprint,
-            self._n_blocks,
+            self.fingerprint,
+            self.n_blocks,
             codec=codec_name,
             batch=rows,
             max_tokens=max_tokens,
@@ -176,7 +219,7 @@ class RemoteBlocks:
 
     def _codec(self, peers: ModelPeers) -> str:
         usable = [peer for peer in peers.peers() if self._config.rules.allows(peer)]
-        return agreed_codec(usable, self._n_blocks, (self._config.codec, *names()))
+        return agreed_codec(usable, self.n_blocks, (self._config.codec, *names()))
 
     def _event(self, text: str) -> None:
         self.on_event(text)

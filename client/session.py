@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
 from client import inquest
 from client.blame import Blame
@@ -24,6 +25,7 @@ from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Hop
 from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
+from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.journal import Entry, StepLog
@@ -45,6 +47,9 @@ class Session:
 
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
+
+    Attributes:
+        record: what became of its steps, hop by hop; see `client.trace.trace_of`.
     """
 
     def __init__(
@@ -57,13 +62,17 @@ class Session:
     ) -> None:
         self.spec = spec
         self.stats = SessionStats()
+        self.record = Recorder(spec.n_blocks, self.stats)
+        self._on_event = on_event
         self._config = config
-        self._chain = OpenChain(spec, peers, blame, config, self.stats, on_event)
+        self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
+        self._passing: asyncio.Task[object] | None = None  # the task of the pass under way
+        self._interrupted = False
 
     @property
     def position(self) -> int:
@@ -91,7 +100,7 @@ class Session:
             PotluckError: an error that no other peer could cure.
         """
         started_s = time.perf_counter()
-        async with self._stepping:
+        async with self._turn():
             flight = _Flight([replace(entry, step_id=self._step_id + i) for i, entry in enumerate(entries)])
             self._chain.release_leavers()
             try:
@@ -110,7 +119,7 @@ class Session:
 
         Raises: as `run`.
         """
-        async with self._stepping:
+        async with self._turn():
             trial = Trial(Patience(self._config.wait_s))
             try:
                 while not self._chain.is_whole:
@@ -123,6 +132,18 @@ class Session:
                 raise
             return self._chain.costs()
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One pass at a time, which `interrupt` can cancel."""
+        async with self._stepping:
+            if self._interrupted:
+                raise asyncio.CancelledError
+            self._passing = asyncio.current_task()
+            try:
+                yield
+            finally:
+                self._passing = None
+
     async def _next_result(self, flight: _Flight) -> StepResult:
         """The result of the first step that has none; sends those after it as far ahead as may be."""
         chain, trial, first = self._chain, Trial(Patience(self._config.wait_s)), flight.first
@@ -134,6 +155,7 @@ class Session:
                     await self._mend(first.step_id, trial)
                 elif is_alone:
                     chain.try_cut_edges(first.step_id)
+                sent_s = time.monotonic()
                 while (ahead := flight.next()) is not None:
                     self._log.put(ahead, keep=max(IN_FLIGHT, flight.sent))
                     await chain.send(chain.hops[0], ahead.step(chain.epoch))
@@ -142,11 +164,18 @@ class Session:
                 await trial.again(chain.give_up(broken.losses, trial))
                 continue
             flight.done += 1
+            is_timed = is_alone and not trial.disturbed
+            took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
+            self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
             if is_alone:  # others wait for those before them, which says nothing of the chain
                 chain.note(first, result.step)
                 if not trial.disturbed:
                     self._times.note(first.tokens, time.monotonic() - started_s)
             return result
+
+    def _tell(self, what: str) -> None:
+        self.record.event(what)
+        self._on_event(what)
 
     async def _mend(self, step_id: int, trial: Trial) -> None:
         await self._chain.mend(self._log, step_id, trial)
@@ -245,6 +274,12 @@ class Session:
             found = [(spec.name, spec.shape, spec.codec) for spec in result.step.tensors]
             raise ChainBroken(Loss(hop, PeerFault(f"{hop.name} gave {found or 'nothing'} for {given}")))
 
+    def interrupt(self) -> None:
+        """Cancels the pass under way, and any later one: nobody waits for their results any more."""
+        self._interrupted = True
+        if self._passing is not None:
+            self._passing.cancel()
+
     async def close(self) -> None:
         """Frees the session on all its peers."""
         async with self._stepping:
@@ -258,6 +293,7 @@ class _Flight:
     steps: list[Entry]
     sent: int = 0
     done: int = 0
+    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def first(self) -> Entry:

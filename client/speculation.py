@@ -149,7 +149,7 @@ class Loop:
     """One answer's decode loop.
 
     Attributes:
-        window: the rule, which learns.
+        window: the rule for this answer, which learns.
         drafter: who guesses.
         stats: what the session did so far; asked before and after each step.
         max_cached: from so many tokens on the cache cannot be cropped; None: it always can.
@@ -176,7 +176,6 @@ class Loop:
         cache: RemoteCache = model_kwargs["past_key_values"]
         eos = getattr(generation_config, "_eos_token_tensor", None)
         ends = frozenset(() if eos is None else eos.flatten().tolist())
-        self.window.begin()
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         guessed: list[int] = []
         is_first = True

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -96,11 +96,15 @@ class Swarm:
             future.cancel()
             raise
 
-    def close_later(self, session: Closable) -> None:
-        """Frees a session's memory on its peers soon; from any thread, never waits, never raises."""
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Has the swarm's loop call it; from any thread, never waits. Nothing, once the swarm was closed."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._begin_close, session)
+            loop.call_soon_threadsafe(function)
+
+    def close_later(self, session: Closable) -> None:
+        """Frees a session's memory on its peers soon; from any thread, never waits, never raises."""
+        self.call_soon(partial(self._begin_close, session))
 
     def close(self) -> None:
         """Leaves the swarm: ends sessions' streams, the DHT node and the thread."""

@@ -7,8 +7,6 @@ via Speculative Decoding".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 MOST_GUESSES = 32
 GAIN = 1.03  # less is not worth a guess
 RISK = 0.03  # of an answer's plain time may be lost by guesses
@@ -72,7 +70,9 @@ class StepCosts:
     def __init__(self) -> None:
         self.plain_s: float | None = None
         self._work_s = 0.0  # of a plain step: computation, by peers and client, without the network
-        self._n = self._x = self._xx = self._y = self._xy = 0.0  # x: tokens beyond two; y: seconds beyond a plain step
+        # Of x, tokens beyond two, and y, seconds beyond a plain step: n, x, xx, y, xy. Replaced as one, since several
+        # answers may look at once; one measurement that is lost between two threads does not matter.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def note(self, tokens: int, step_s: float, work_s: float) -> None:
         """A step took `step_s`, of which `work_s` was computation."""
@@ -86,11 +86,8 @@ class StepCosts:
             self._work_s += (1 - TIME_DECAY) * (min(work_s, step_s) - self._work_s)
             return
         x, y = float(tokens - 2), step_s - self.plain_s
-        self._n = TIME_DECAY * self._n + 1.0
-        self._x = TIME_DECAY * self._x + x
-        self._xx = TIME_DECAY * self._xx + x * x
-        self._y = TIME_DECAY * self._y + y
-        self._xy = TIME_DECAY * self._xy + x * y
+        n, sx, sxx, sy, sxy = (TIME_DECAY * total for total in self._sums)
+        self._sums = (n + 1.0, sx + x, sxx + x * x, sy + y, sxy + x * y)
 
     def expected_s(self, tokens: int) -> float:
         """T(tokens). Only once `plain_s` is known."""
@@ -102,7 +99,7 @@ class StepCosts:
 
     def _line(self) -> tuple[float, float]:
         """Least squares, with the prior as two light observations at its ends."""
-        n, sx, sxx, sy, sxy = self._n, self._x, self._xx, self._y, self._xy
+        n, sx, sxx, sy, sxy = self._sums
         for x in (0.0, MOST_GUESSES - 1.0):
             y = self._work_s * (1.0 + ROW_PRIOR * x)
             n, sx, sxx = n + PRIOR_STEPS, sx + PRIOR_STEPS * x, sxx + PRIOR_STEPS * x * x
@@ -111,25 +108,20 @@ class StepCosts:
         return max(0.0, (sy - slope * sx) / n), slope
 
 
-@dataclass(slots=True)
-class _Answer:
-    """What guesses have cost within one answer."""
-
-    tokens: int = 1  # the prompt's own step gives one
-    lost_s: float = 0.0  # negative: won
-
-
 class Window:
-    """The rule, and what it has learned. Lives as long as the model: answers learn from those before."""
+    """The rule for one answer, and what was learned from those before."""
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()
         self.costs = StepCosts()
-        self._answer = _Answer()
+        self._tokens = 1  # of this answer; the prompt's own step gives one
+        self._lost_s = 0.0  # by its guesses; negative: won
 
-    def begin(self) -> None:
-        """A new answer: it may not lose what others won."""
-        self._answer = _Answer()
+    def begin(self) -> Window:
+        """For another answer: it learns with this one, and others under way, but may not lose what they won."""
+        other = Window()
+        other.acceptance, other.costs = self.acceptance, self.costs
+        return other
 
     def choose(self, kind: int, limit: int, draft_s: float = 0.0) -> int:
         """How many tokens to guess now, 0 to `limit`.
@@ -141,7 +133,7 @@ class Window:
         if plain_s is None:
             return 0
         acceptance = self.acceptance.of(kind)
-        allowed_s = RISK * plain_s * max(RISK_TOKENS, self._answer.tokens) - self._answer.lost_s
+        allowed_s = RISK * plain_s * max(RISK_TOKENS, self._tokens) - self._lost_s
         best, best_rate = 0, GAIN / plain_s
         for guesses in range(1, min(limit, MOST_GUESSES) + 1):
             step_s = self.costs.expected_s(guesses + 1) + guesses * draft_s
@@ -155,9 +147,9 @@ class Window:
 
     def note_step(self, guesses: int, right: int, step_s: float, work_s: float, draft_s: float = 0.0) -> None:
         """A step with so many guesses, `right` of them right, took `step_s`, `work_s` of it computation."""
-        self._answer.tokens += right + 1
+        self._tokens += right + 1
         plain_s = self.costs.plain_s
         if guesses and plain_s is not None:
             spent_s = min(step_s, OUTLIER * self.costs.expected_s(guesses + 1)) + guesses * draft_s
-            self._answer.lost_s += spent_s - (right + 1) * plain_s
+            self._lost_s += spent_s - (right + 1) * plain_s
         self.costs.note(guesses + 1, step_s, work_s)

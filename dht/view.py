@@ -76,6 +76,10 @@ class SwarmView:
             return ()
         return missing_spans((peer.span for peer in self.online(fingerprint)), model.n_blocks)
 
+    def is_whole(self, fingerprint: str) -> bool:
+        """Does every block of the model have a peer that takes new sessions?"""
+        return self.model(fingerprint) is not None and not self.missing(fingerprint)
+
     def coverage(self, fingerprint: str) -> tuple[int, ...]:
         """For each block of the model, how many peers take new sessions for it; () if the model is not known."""
         model = self.model(fingerprint)

@@ -25,6 +25,7 @@ VERBS = {
     "generate": Verb("client.cli", "generate", "Answer one prompt."),
     "status": Verb("client.cli", "status", "Show models, missing blocks and peers."),
     "dashboard": Verb("dashboard.cli", "serve", "Show a swarm's health as a web page."),
+    "api": Verb("client.cli", "api", "Serve the swarm's model over HTTP, as OpenAI's interface."),
     "bootstrap": Verb("dht.cli", "bootstrap", "Run a node for others to join through."),
     "demo": Verb("demo.cli", "cli", "Watch a swarm on this machine lose a peer and go on."),
 }

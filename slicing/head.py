@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,16 +56,31 @@ _USED_BEFORE_OR_SENT = {
 """The tensors in the call of a decoder that are used before the blocks or after them, or are sent with each step."""
 
 
+class _Calls(threading.local):
+    """The forward that runs in this thread; several threads may use one head.
+
+    Attributes:
+        decoder, outer: arguments of the decoder's forward, and of the whole model's, of which it is a part.
+        extras: tensors that the blocks need beside the hidden states.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.decoder: dict[str, Any] = {}
+        self.outer: dict[str, Any] = {}
+        self.extras: dict[str, Tensor] = {}
+
+
 class RemoteStack(Hole):
     """Block 0 of a head: all blocks, through a Remote."""
 
     def __init__(self, replaced: nn.Module, stack: BlockStack) -> None:
         super().__init__(replaced, returns_tuple=stack.returns_tuple)
         self.remote: Remote | None = None
-        self._outer: dict[str, Any] = {}
         self._dtypes: frozenset[torch.dtype] = frozenset()
-        self._call: dict[str, Any] = {}
-        self._extras: dict[str, Tensor] = {}
+        self._calls = _Calls()
 
     def expect(self, dtypes: frozenset[torch.dtype]) -> None:
         """Take hidden states of these dtypes from the remote blocks."""
@@ -72,15 +88,15 @@ class RemoteStack(Hole):
 
     def begin(self, call: dict[str, Any]) -> None:
         """Note the arguments of the decoder's forward that is about to reach this block."""
-        self._call = call
-        self._extras = {}
+        self._calls.decoder = call
+        self._calls.extras = {}
 
     def begin_outer(self, call: dict[str, Any]) -> None:
         """Note the arguments of the whole model's forward, of which the decoder's is a part."""
-        self._outer = call
+        self._calls.outer = call
 
     def add_extra(self, name: str, tensor: Tensor) -> None:
-        self._extras[name] = tensor
+        self._calls.extras[name] = tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -88,22 +104,23 @@ class RemoteStack(Hole):
             output = self._run(hidden)
         finally:
             # What is kept here would keep the call's cache alive, and with it the peers' memory.
-            self._call, self._outer, self._extras = {}, {}, {}
+            self._calls.clear()
         return (output, None) if self.returns_tuple else output
 
     def _run(self, hidden: Tensor) -> Tensor:
         if self.remote is None:
             raise RuntimeError("this head has no blocks yet: call attach(remote) first")
-        _refuse_what_cannot_be_sent(self._call)
-        cache = _remote_cache(self._call)
-        mask = _padding_mask(self._call.get("attention_mask"), self._outer)
+        call = self._calls.decoder
+        _refuse_what_cannot_be_sent(call)
+        cache = _remote_cache(call)
+        mask = _padding_mask(call.get("attention_mask"), self._calls.outer)
         output = self.remote.run(
             hidden,
             cache=cache,
             ops=tuple(cache.pending) if cache is not None else (),
             attention_mask=mask,
-            position_ids=_odd_positions(self._call.get("position_ids"), cache, mask),
-            extras=self._extras,
+            position_ids=_odd_positions(call.get("position_ids"), cache, mask),
+            extras=self._calls.extras,
         )
         if output.shape != hidden.shape or output.dtype not in self._dtypes:
             raise PeerFault(f"the chain gave {tuple(output.shape)} of {output.dtype} for {tuple(hidden.shape)}")

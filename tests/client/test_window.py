@@ -35,7 +35,7 @@ chains = st.builds(Chain, NETWORKS_S, st.floats(0.005, 0.1), st.floats(0.0, 1.2)
 def speed_up(chain: Chain, window: Window, prompt: list[int], answer: list[int]) -> float:
     """Plain time over time with prompt lookup, of one answer after its first token."""
     index = NgramIndex([*prompt, answer[0]])
-    window.begin()
+    window = window.begin()
     done, spent_s = 1, 0.0
     while done < len(answer):
         match = index.match()

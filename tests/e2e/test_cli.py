@@ -80,10 +80,18 @@ def test_status_for_people(terminals: Terminals) -> None:
     assert all(blocks in ended.stdout for blocks in ("0:10", "10:20", "20:24"))
 
 
-def test_generate_finds_the_swarm_and_answers_rightly(terminals: Terminals) -> None:
-    ended = terminals.run("client", "generate", "What is the capital of France?", "--stats")
+def test_generate_finds_the_swarm_and_answers_rightly(terminals: Terminals, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    options = ("--stats", "--trace", "--trace-file", str(file))
+    ended = terminals.run("client", "generate", "What is the capital of France?", *options)
     assert (ended.code, ended.stdout) == (0, "Paris\n"), ended.stderr
-    assert all(peer.peer_id[-8:] in ended.stderr for peer in terminals.swarm.peers), "--stats names the chain"
+    *table, stats = ended.stderr.splitlines()
+    assert all(peer.peer_id[-8:] in stats for peer in terminals.swarm.peers), "--stats names the chain"
+    assert [row.split()[1] for row in table[2:]] == ["0:10", "10:20", "20:24"], "--trace shows it"
+    (trace,) = map(json.loads, file.read_text().splitlines())
+    assert [hop["peer_id"] for hop in trace["hops"]] == [peer.peer_id for peer in terminals.swarm.peers]
+    spent_ms = sum(hop["queue_ms"] + hop["compute_ms"] + hop["network_ms"] for hop in trace["hops"])
+    assert 0 < spent_ms <= 1e3 * trace["total_s"]
 
 
 def test_generate_reads_the_question_from_stdin(terminals: Terminals) -> None:

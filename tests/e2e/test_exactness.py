@@ -224,7 +224,7 @@ def test_an_answer_outside_a_session_is_freed_when_it_is_there(pair: Pair) -> No
 
 def steps_and_tokens(model: SwarmModel) -> tuple[int, int]:
     """What the open session has sent so far."""
-    assert model._session is not None
-    session = model.blocks.session_of(model._session.cache)
+    assert model._here.session is not None
+    session = model.blocks.session_of(model._here.session.cache)
     assert session is not None
     return session.stats.steps, session.stats.tokens

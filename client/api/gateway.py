@@ -1,0 +1,131 @@
+"""What all endpoints share: the model and its tokenizer, the answers under way, and what requests mean to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from client.api.answers import Answer, Answers
+from client.api.config import ApiConfig
+from client.api.errors import BadRequest
+from client.api.grammar import Grammars
+from client.api.metrics import Metrics
+from client.api.prompts import Prompts, context_of, ends_of
+from client.api.schemas import Common
+from client.model import SwarmModel
+from client.session import Session
+from client.text import load_tokenizer
+from client.trace import trace_of
+from protocol.errors import SwarmNotFound
+
+LOOK_S = 1.0  # between two looks at a swarm that is not whole
+TRACE_S = 0.25  # between two traces in a stream
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """One model behind the HTTP interface. `name`: of the model, in requests and answers."""
+
+    model: SwarmModel
+    name: str
+    prompts: Prompts
+    grammars: Grammars
+    answers: Answers
+    config: ApiConfig
+    metrics: Metrics
+    created: int
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's word for which weights and which software answered."""
+        return f"fp_{self.model.blocks.fingerprint[:12]}"
+
+    def check_model(self, wanted: str | None) -> None:
+        """Does a request mean this model? One that names none does.
+
+        Raises:
+            BadRequest: it means another one.
+        """
+        if wanted is not None and wanted != self.name:
+            raise BadRequest(
+                f"the model {wanted!r} is not served here; {self.name!r} is",
+                param="model",
+                reason="model_not_found",
+                status=404,
+            )
+
+    def check_tokens(self, request: Common) -> None:
+        """Are the tokens of `logit_bias` tokens of the model?
+
+        Raises:
+            BadRequest: one is not.
+        """
+        if request.logit_bias:
+            self.prompts.of_ids(tuple(request.logit_bias), param="logit_bias")
+
+    def tracer(self, request: Common, answers: Sequence[Answer]) -> Tracer | None:
+        """Traces for the request's stream, if it asks for them."""
+        return Tracer(answers[0]) if request.potluck.trace else None
+
+    async def missing(self) -> list[str]:
+        """The blocks that no peer serves; all of them, if the swarm does not know the model.
+
+        Looks again, now and then, as long as there are some.
+        """
+        swarm, fingerprint = self.model.swarm, self.model.blocks.fingerprint
+        view = swarm.view
+        if not view.is_whole(fingerprint) and time.time() - view.as_of > LOOK_S:
+            try:
+                view = await asyncio.to_thread(swarm.refresh)
+            except SwarmNotFound:
+                view = swarm.view  # what it knew is true until it expires
+        if view.model(fingerprint) is None:
+            return [f"0:{self.model.blocks.n_blocks}"]
+        return [str(span) for span in view.missing(fingerprint)]
+
+
+class Tracer:
+    """Traces of one answer, for its stream: at the start, on change, at the end, not too often."""
+
+    every_s = TRACE_S
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._session: Session | None = None
+        self._said: dict[str, Any] | None = None
+        self._at_s = 0.0
+
+    def look(self, *, last: bool = False) -> dict[str, Any] | None:
+        """What is to be said now; None: nothing new, or it is too soon."""
+        now_s = time.monotonic()
+        if now_s - self._at_s < TRACE_S and not last:
+            return None
+        self._session = self._session or self._answer.steps
+        if self._session is None:
+            return None
+        self._at_s = now_s
+        trace = trace_of(self._session).as_json() | {"tokens": self._answer.tokens}
+        if trace == self._said and not last:
+            return None
+        self._said = trace
+        return trace
+
+
+def open_gateway(model: SwarmModel, config: ApiConfig) -> Gateway:
+    """A gateway to a joined model. Its threads end with `answers.close()`.
+
+    Raises:
+        ConfigError: the model has no tokenizer.
+    """
+    tokenizer = load_tokenizer(model.source)
+    text_config = model.config.get_text_config()
+    ends = ends_of(model.generation_config, tokenizer)
+    prompts = Prompts(tokenizer, text_config.vocab_size, context_of(text_config), ends)
+    metrics = Metrics()
+    answers = Answers(model, prompts, parallel=config.parallel, queue=config.queue, when_over=metrics.note_answer)
+    metrics.watch(answers, model)
+    grammars, now = Grammars(prompts), int(time.time())
+    return Gateway(model, model.source.name, prompts, grammars, answers, config, metrics, now)

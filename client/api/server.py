@@ -1,0 +1,55 @@
+"""Runs the gateway until it is told to end."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from client.api.app import create_app
+from client.api.config import ApiConfig
+from client.api.gateway import open_gateway
+from client.config import ClientConfig
+from client.model import SwarmModelForCausalLM
+from protocol.errors import ConfigError
+
+GRACE_S = 5  # seconds for streams to end, once told to; whole seconds, as uvicorn wants them
+
+
+def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], on_event: Callable[[str], None]) -> None:
+    """Joins the swarm and serves until SIGINT or SIGTERM.
+
+    Args:
+        say: told where it listens, once it does.
+        on_event: told when a chain changes or waits.
+
+    Raises:
+        ConfigError: nothing can listen there.
+        SwarmNotFound, ModelError: see `SwarmModelForCausalLM.from_pretrained`.
+    """
+    with (
+        _listener(config) as listener,
+        SwarmModelForCausalLM.from_pretrained(config=client, on_event=on_event) as model,
+    ):
+        app = create_app(open_gateway(model, config))
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
+        )
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        say(f"api of {model.source.name} at http://{host}:{listener.getsockname()[1]}/v1")
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listener(config: ApiConfig) -> socket.socket:
+    """Bound before the model is loaded: a port that is taken is told at once."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {config.host}, port {config.port}: {error.strerror or error}") from error
