@@ -96,6 +96,10 @@ class PeerConfig:
         default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
     )
     public_name: str | None = field(default=None, metadata={"help": "A name to be shown on health pages."})
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "Port for Prometheus (HTTP, /metrics); 0 picks a free one. Not given: none."}
+    )
+    metrics_host: str = field(default="127.0.0.1", metadata={"help": "Address on which metrics are served."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
 
     def __post_init__(self) -> None:
@@ -110,6 +114,8 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port must be between 0 and 65535, not {self.metrics_port}")
         if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
             raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
         for name in (
