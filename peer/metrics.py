@@ -218,7 +218,7 @@ READERS: tuple[_Reader, ...] = (
     _by("state", "gauge", "kv_pages", f"The same in whole pages of {PAGE_TOKENS} tokens.", _kv_pages),
     _host(
         "gauge",
-        "kv_promised_tokens_left",
+        "kv_unpromised_tokens",
         "Tokens that a new session may hope for, beside what the open ones will grow to.",
         lambda host: host.sessions.tokens_left,
     ),
