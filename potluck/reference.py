@@ -1,7 +1,7 @@
 """`python -m potluck.reference docs/*.md`: fills in those parts of the docs that are read off the code. A test says if
 they are behind.
 
-    <!-- generated: commands -->               every command line, with its options
+    <!-- generated: commands peer -->          `python -m peer` and its verbs, with their options
     <!-- generated: metrics peer.metrics -->   what that module exports to Prometheus
     <!-- end -->
 """
@@ -24,12 +24,12 @@ PROGRAMS = {
     "peer": "peer.cli:cli",
     "client": "client.cli:cli",
     "dht": "dht.cli:main",
-    "dashboard": "dashboard.cli:cli",
+    "dashboard": "dashboard.cli:serve",
     "demo": "demo.cli:cli",
 }
 """Each is `python -m NAME`."""
 METRICS = ("peer.metrics", "client.api.metrics", "dashboard.metrics")
-PART = re.compile(r"(?P<begin><!-- generated: (?P<what>\w+) ?(?P<of>[\w.]*) -->\n).*?(?P<end><!-- end -->)", re.S)
+PART = re.compile(r"(?P<begin><!-- generated: (?P<what>\w+) (?P<of>[\w.]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 
 
 def filled_in(page: str) -> str:
@@ -45,30 +45,20 @@ def exists(module: str) -> bool:
 
 def _made(what: str, of: str) -> str:
     if what == "commands":
-        return commands()
+        return commands(of)
     if what == "metrics":
         return metrics(of)
-    raise ValueError(f"nothing is known of {what!r}: commands, or metrics MODULE")
+    raise ValueError(f"nothing is known of {what!r}: commands PROGRAM, or metrics MODULE")
 
 
 # ---------------------------------------------------------------------- commands
 
 
-def commands() -> str:
-    """A section for each program, one below it for each of its verbs."""
-    return "\n".join(
-        line for name, where in PROGRAMS.items() if exists(_module(where)) for line in _program(name, where)
-    )
-
-
-def _module(where: str) -> str:
-    return where.partition(":")[0]
-
-
-def _program(name: str, where: str) -> Iterator[str]:
-    module, _, attribute = where.partition(":")
+def commands(program: str) -> str:
+    """A section for the program, and one below it for each of its verbs."""
+    module, _, attribute = PROGRAMS[program].partition(":")
     command: click.Command = getattr(import_module(module), attribute)
-    yield from _section(command, f"python -m {name}", "##")
+    return "\n".join(_section(command, f"python -m {program}", "##"))
 
 
 def _section(command: click.Command, called: str, level: str) -> Iterator[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from potluck.reference import METRICS, PART, PROGRAMS, commands, exists, exported, filled_in, metrics
+from potluck.reference import METRICS, PART, PROGRAMS, commands, exists, exported, filled_in, main, metrics
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in sorted(ROOT.glob("docs/**/*.md")) if PART.search(page.read_text())]
@@ -31,8 +32,9 @@ def test_generated_parts_are_up_to_date(page: Path) -> None:
 
 def test_every_command_and_metric_has_its_part() -> None:
     parts = {f"{part['what']} {part['of']}".strip() for page in PAGES for part in PART.finditer(page.read_text())}
-    assert parts >= {"commands", *(f"metrics {module}" for module in HERE)}
-    assert "peer.metrics" in HERE
+    programs = [name for name in PROGRAMS if exists(f"{name}.cli")]
+    assert parts == {*(f"commands {name}" for name in programs), *(f"metrics {module}" for module in HERE)}
+    assert "peer" in programs and "peer.metrics" in HERE
 
 
 def test_what_is_behind_is_noticed() -> None:
@@ -40,13 +42,21 @@ def test_what_is_behind_is_noticed() -> None:
     page = f"# A page\n\n{begin}| an old table |\n{end}\n\nand more\n"
     assert filled_in(page) == f"# A page\n\n{begin}\n{metrics('peer.metrics')}\n{end}\n\nand more\n"
     with pytest.raises(ValueError, match="recipes"):
-        filled_in("<!-- generated: recipes -->\n<!-- end -->")
+        filled_in("<!-- generated: recipes peer -->\n<!-- end -->")
+
+
+def test_pages_are_written_only_where_they_are_behind(tmp_path: Path) -> None:
+    behind, none = tmp_path / "behind.md", tmp_path / "none.md"
+    behind.write_text("<!-- generated: metrics peer.metrics -->\n<!-- end -->\n")
+    none.write_text("nothing to see\n")
+    said = [CliRunner().invoke(main, [str(behind), str(none)]) for _ in range(2)]
+    assert [done.exit_code for done in said] == [0, 0]
+    assert said[0].output == f"{behind} is new\n" and said[1].output == ""
+    assert metrics("peer.metrics") in behind.read_text()
 
 
 def test_every_option_of_every_command_is_listed() -> None:
-    text = commands()
-    for name in PROGRAMS:
-        assert exists(f"{name}.cli") == (f"## `python -m {name}`" in text)
+    text = "\n".join(commands(name) for name in PROGRAMS if exists(f"{name}.cli"))
     for option in ("--metrics-port", "--bootstrap-list", "--trusted-only", "--keep"):
         assert f"`{option}" in text or f", {option}" in text
     assert "also `potluck serve`" in text
