@@ -255,10 +255,10 @@ READERS: tuple[_Reader, ...] = (
         "From a step's arrival until it is through: prefill (a part of a prompt) or decode (a next token).",
         lambda host: host.tally.step_s,
     ),
-    _host("histogram", "step_queue_seconds", "How long of that steps waited.", lambda host: host.tally.queued_s),
+    _host("histogram", "step_queue_seconds", "Of this, how long steps waited.", lambda host: host.tally.queued_s),
     _by("kind", "counter", "tokens_total", "Tokens that went through the blocks.", lambda host: host.tally.computed),
     _host("histogram", "pass_seconds", "Time of a pass through the blocks.", lambda host: host.tally.pass_s),
-    _host("histogram", "pass_steps", "Sessions' steps that share a pass.", lambda host: host.tally.pass_steps),
+    _host("histogram", "pass_steps", "Steps that share a pass, each of another session.", lambda host: host.tally.pass_steps),
     _host("histogram", "pass_tokens", "Tokens in a pass.", lambda host: host.tally.pass_tokens),
     _host(
         "gauge",
