@@ -258,7 +258,12 @@ READERS: tuple[_Reader, ...] = (
     _host("histogram", "step_queue_seconds", "Of this, how long steps waited.", lambda host: host.tally.queued_s),
     _by("kind", "counter", "tokens_total", "Tokens that went through the blocks.", lambda host: host.tally.computed),
     _host("histogram", "pass_seconds", "Time of a pass through the blocks.", lambda host: host.tally.pass_s),
-    _host("histogram", "pass_steps", "Steps that share a pass, each of another session.", lambda host: host.tally.pass_steps),
+    _host(
+        "histogram",
+        "pass_steps",
+        "Steps that share a pass, each of another session.",
+        lambda host: host.tally.pass_steps,
+    ),
     _host("histogram", "pass_tokens", "Tokens in a pass.", lambda host: host.tally.pass_tokens),
     _host(
         "gauge",
