@@ -1,7 +1,8 @@
 """What the pages say works. Every command is parsed by the real command line, and run in a swarm of the embedded model,
 or it is listed here with the reason why it is not. The pages' Python is run, too.
 
-To be cheap, commands run in this process: one peer alone is a process, the way everybody starts one.
+To be cheap, commands run in this process, but for two that are started as everybody starts them: a peer, and the first
+question that is put to it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ ANSWERS = {
     "client chat": "Paris",
 }
 """What is said to a command in which this occurs, the first that fits."""
+AS_A_PROCESS = 'python -m client generate "What is the capital of France?"'
 READY_TIMEOUT_S = 90
+ANSWER_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -353,7 +356,14 @@ async def bootstrap(options: dict[str, object]) -> None:
     await asyncio.wait({running})
 
 
-@pytest.mark.parametrize("command", RUN)
+def test_the_first_question_is_answered(home: Home) -> None:
+    assert AS_A_PROCESS in bash_commands()
+    command = [sys.executable, *shlex.split(AS_A_PROCESS)[1:]]
+    done = subprocess.run(command, env=home.environ, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (0, "Paris\n"), done.stderr
+
+
+@pytest.mark.parametrize("command", sorted({*RUN} - {AS_A_PROCESS}))
 def test_commands_work(command: str, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in home.environ.items():
         monkeypatch.setenv(name, value)
