@@ -99,6 +99,10 @@ class PeerConfig:
     contact: str | None = field(
         default=None, metadata={"help": "How you can be reached, to be shown on health pages; everybody can read it."}
     )
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "Port for Prometheus (HTTP, /metrics); 0 picks a free one. Not given: none."}
+    )
+    metrics_host: str = field(default="127.0.0.1", metadata={"help": "Address on which metrics are served."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
 
     def __post_init__(self) -> None:
@@ -113,6 +117,8 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port must be between 0 and 65535, not {self.metrics_port}")
         if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
             raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
         for name in (

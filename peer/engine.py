@@ -14,6 +14,7 @@ from peer.compute import ComputeThread
 from peer.meter import Meter
 from peer.scheduler import CostModel, Piece, Scheduler
 from peer.session import Delivery, Session, SessionTable
+from peer.tally import Tally
 from peer.work import Work, shape_of
 from peer.worker import Worker
 from protocol.errors import PeerFull
@@ -30,10 +31,17 @@ class Engine:
 
     Args:
         meter: told of each pass.
+        tally: counts steps and passes.
     """
 
     def __init__(
-        self, worker: Worker, compute: ComputeThread, sessions: SessionTable, scheduler: Scheduler, meter: Meter
+        self,
+        worker: Worker,
+        compute: ComputeThread,
+        sessions: SessionTable,
+        scheduler: Scheduler,
+        meter: Meter,
+        tally: Tally,
     ) -> None:
         self.passes = 0
         self._worker = worker
@@ -41,6 +49,7 @@ class Engine:
         self._sessions = sessions
         self._scheduler = scheduler
         self._meter = meter
+        self._tally = tally
         self._costs = CostModel()
         self._waiting: dict[int, Work] = {}
         self._in_pass: frozenset[int] = frozenset()
@@ -54,8 +63,8 @@ class Engine:
 
     @property
     def expected_ms(self) -> float:
-        """Milliseconds until what waits now is through, at a guess."""
-        tokens = sum(work.rows * (work.tokens - work.computed) for work in self._waiting.values())
+        """Milliseconds until what waits now is through, at a guess. For any thread: a copy, since steps come and go."""
+        tokens = sum(work.rows * (work.tokens - work.computed) for work in list(self._waiting.values()))
         return self._costs.now(self._meter.step_ms).of(tokens) if tokens else 0.0
 
     async def execute(self, session: Session, delivery: Delivery) -> HopTrace | None:
@@ -73,6 +82,8 @@ class Engine:
             return None
         rows, tokens = shape_of(step)
         self._make_room(session, rows, step.position + tokens)
+        self._tally.tokens_in += rows * tokens
+        self._tally.bytes_in += len(step.payload)
         self._numbers += 1
         work = Work(
             self._numbers,
@@ -160,7 +171,11 @@ class Engine:
         single = all(count == 1 for _, count in chosen)
         rows = sum(work.rows for work, _ in chosen)
         self._meter.note(blocks, 1 if single else tokens, rows if single else 1, queue_ms, took_ms, now_s)
-        for work, _ in chosen:
+        self._tally.pass_s.add(took_ms / 1e3)
+        self._tally.pass_steps.add(len(chosen))
+        self._tally.pass_tokens.add(tokens)
+        for work, count in chosen:
+            self._tally.computed[work.kind] += work.rows * count
             work.session.last_used_s = now_s
             if work.decodes and work.step.position:
                 work.session.decoded_s = now_s
@@ -176,6 +191,8 @@ class Engine:
             work.done.set_exception(work.error)
             work.done.exception()  # if nobody asks, that is no fault of this one
         elif work.cost is not None:
+            self._tally.step_s[work.kind].add((work.cost.queue_ms + work.cost.compute_ms) / 1e3)
+            self._tally.queued_s.add(work.cost.queue_ms / 1e3)
             work.done.set_result(work.cost)
         else:
             work.done.cancel()

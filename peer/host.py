@@ -25,6 +25,7 @@ from peer.meter import Meter
 from peer.scheduler import Scheduler
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import Session, SessionTable
+from peer.tally import Tally
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -92,6 +93,7 @@ class SpanHost:
         self.state: State = "joining"
         self.port = 0
         self.meter = Meter(len(model.span))
+        self.tally = Tally()
         self.budget = KvBudget(kv_tokens, len(model.span))
         self.messages = MessageBudget(config.message_mib << 20)
         self.journals = JournalBudget(config.journal_mib << 20)
@@ -112,8 +114,10 @@ class SpanHost:
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, ragged, self.sessions, config.max_step_tokens)
         scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.prefill_share)
-        self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter)
-        self.service = PeerService(self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes())
+        self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
+        self.service = PeerService(
+            self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
+        )
         self._server: grpc.aio.Server | None = None
 
     @classmethod

@@ -27,6 +27,7 @@ class Standing:
         span: served, or while joining: claimed.
         moving_to: claimed instead of `span`.
         host: what serves; None while it loads.
+        moves: so often it went to other blocks, since it started.
         leaving: from then on `state` stays "draining", whatever else happens.
         rtts_ms: round-trip times for the record.
     """
@@ -34,10 +35,13 @@ class Standing:
     def __init__(
         self, identity: Identity, served: Served, span: Span, config: PeerConfig, hosts: Callable[[], list[str]]
     ) -> None:
+        self.served = served
+        self.started_at = time.time()
         self.state: State = "joining"
         self.span = span
         self.moving_to: Span | None = None
         self.host: SpanHost | None = None
+        self.moves = 0
         self.leaving = False
         self.rtts_ms: Callable[[], tuple[tuple[str, float], ...]] = tuple
         self._digests: tuple[bytes, ...] = ()
@@ -59,8 +63,12 @@ class Standing:
             wire_version=WIRE_VERSION,
             public_name=config.public_name or "",
             contact=config.contact or "",
-            started_at=time.time(),
+            started_at=self.started_at,
         )
+
+    @property
+    def peer_id(self) -> str:
+        return self._template.peer_id
 
     def claim(self, span: Span) -> None:
         """It is about to load `span`, and serves nothing meanwhile."""

@@ -165,6 +165,7 @@ async def test_a_move_is_told_step_by_step_and_keeps_port_and_blocks(folder: Pat
         await peer.until(lambda: peer.told[-1] == "online 2:5")
         assert peer.told == ["joining 0:3", "online 0:3", "online 0:3 -> 2:5", "draining 0:3 -> 2:5", "online 2:5"]
         assert peer.balance.arrivals == 2
+        assert peer.standing.moves == 1
         (line,) = [line for line in peer.said if line.startswith("moved")]
         assert line.startswith("moved from blocks 0:3 to 2:5")
     assert peer.records[-1].state == "offline"
