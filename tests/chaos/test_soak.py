@@ -197,7 +197,7 @@ def test_peers_come_and_go_under_four_clients(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     with (
         at_home(tmp_path),
-        swarm(tmp_path, None, THIRDS) as peers,
+        swarm(tmp_path, None, THIRDS, anew=True) as peers,
         Swarm.connect(ClientConfig(join=peers.join)) as onlooker,
         clients(tmp_path, peers.join) as asking,
     ):
