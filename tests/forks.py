@@ -18,8 +18,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -29,17 +30,34 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Forked:
-    """A `python -m ...` without input, in a session of its own. Used as a `subprocess.Popen` is."""
+    """A `python -m ...` in a session of its own. Used as a `subprocess.Popen` is.
 
-    stdin = None
+    Args:
+        has_input: can be written to its standard input?
+    """
 
     def __init__(
-        self, arguments: Sequence[str], stdout: Path, stderr: Path, environ: Mapping[str, str], cwd: Path
+        self,
+        arguments: Sequence[str],
+        stdout: Path,
+        stderr: Path,
+        environ: Mapping[str, str],
+        cwd: Path,
+        *,
+        has_input: bool,
     ) -> None:
-        self._process = _server().Process(
-            target=_run, args=(tuple(arguments), stdout, stderr, dict(environ), cwd), daemon=True
-        )
+        self.stdin: IO[bytes] | None = None
+        reader: Connection | None = None
+        server = _server()
+        if has_input:
+            reader, writer = server.Pipe(duplex=False)
+            self.stdin = os.fdopen(os.dup(writer.fileno()), "wb")
+            writer.close()
+        call = (tuple(arguments), reader, stdout, stderr, dict(environ), cwd)
+        self._process = server.Process(target=_run, args=call, daemon=True)
         self._process.start()
+        if reader is not None:
+            reader.close()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -75,10 +93,21 @@ def _server() -> Any:
     return context
 
 
-def _run(arguments: Sequence[str], stdout: Path, stderr: Path, environ: Mapping[str, str], cwd: Path) -> None:
+def _run(
+    arguments: Sequence[str],
+    stdin: Connection | None,
+    stdout: Path,
+    stderr: Path,
+    environ: Mapping[str, str],
+    cwd: Path,
+) -> None:
     """In the forked process: what `python -m` does."""
     assert PRELOADED in sys.modules, f"{PRELOADED} was not imported before: see what it says by hand"
     os.setsid()
+    if stdin is not None:
+        os.dup2(stdin.fileno(), 0)
+        stdin.close()
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115  # as long as the process lives
     for path, number in ((stdout, 1), (stderr, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

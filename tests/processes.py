@@ -87,35 +87,35 @@ class Process:
 
     Args:
         arguments: `"peer", "serve", "--blocks", "0:3"`.
-        stdin: a file descriptor to read from; `subprocess.PIPE` to `write`; None: nothing.
-        anew: is it a fresh interpreter? Else, and without input, it is forked, which is faster: see `tests.forks`.
+        has_input: can `write` to its standard input; else there is nothing to read.
+        anew: is it a fresh interpreter? Else it is forked, which is faster: see `tests.forks`.
     """
 
-    def __init__(self, home: Path, *arguments: str, stdin: int | None = None, anew: bool = False) -> None:
+    def __init__(self, home: Path, *arguments: str, has_input: bool = False, anew: bool = False) -> None:
         self.name = " ".join(arguments)
         self._home = home
         logs = home / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         stem = f"{next(_numbers):03}-{arguments[0]}"
         self._stdout, self._stderr = logs / f"{stem}.out", logs / f"{stem}.err"
-        self._stdout.touch()
-        self._stderr.touch()
         self._popen: subprocess.Popen[bytes] | Forked
         # The directory is not the checkout: an installed Potluck needs none.
-        if stdin is None and not anew:
-            self._popen = Forked(arguments, self._stdout, self._stderr, environment(home), home)
-            _forked.setdefault(home, set()).add(self._popen.pid)
-        else:
+        if anew:
             with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
                 self._popen = subprocess.Popen(
                     [sys.executable, "-m", *arguments],
-                    stdin=subprocess.DEVNULL if stdin is None else stdin,
+                    stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
                     stdout=stdout,
                     stderr=stderr,
                     env=environment(home),
                     cwd=home,
                     start_new_session=True,  # the tester's Ctrl-C is the test's to handle; see `press_ctrl_c`
                 )
+        else:
+            self._stdout.touch()
+            self._stderr.touch()
+            self._popen = Forked(arguments, self._stdout, self._stderr, environment(home), home, has_input=has_input)
+            _forked.setdefault(home, set()).add(self._popen.pid)
         self.pid = self._popen.pid
         running.append(self)
 
@@ -235,7 +235,7 @@ class Ended:
 
 def run(home: Path, *arguments: str, stdin: str | None = None, anew: bool = False, timeout_s: float = START_S) -> Ended:
     """Runs a command to its end. `anew`: see `Process`."""
-    with Process(home, *arguments, stdin=None if stdin is None else subprocess.PIPE, anew=anew) as process:
+    with Process(home, *arguments, has_input=stdin is not None, anew=anew) as process:
         if stdin is not None:
             process.write(stdin)
             process.end_input()
@@ -253,7 +253,7 @@ class LocalSwarm:
         self._anew = anew
 
     def start(self, blocks: str, *options: str, anew: bool | None = None) -> PeerProcess:
-        """Another peer, which joins through the living ones. Does not wait for it. `anew`: None: as all of the swarm."""
+        """Another peer, which joins through the living ones. Does not wait. `anew`: None: as the whole swarm."""
         join = [option for peer in self.living for option in ("--join", peer.maddr)]
         peer = PeerProcess(
             self.home, "--blocks", blocks, *self._options, *options, *join, anew=self._anew if anew is None else anew

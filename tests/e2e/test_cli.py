@@ -48,8 +48,8 @@ class Terminals:
     swarm: LocalSwarm
     status_of_one: Ended  # while there was the first peer only
 
-    def run(self, *arguments: str, stdin: str | None = None) -> Ended:
-        return run(self.swarm.home, *arguments, stdin=stdin, anew=True)
+    def run(self, *arguments: str, stdin: str | None = None, anew: bool = False) -> Ended:
+        return run(self.swarm.home, *arguments, stdin=stdin, anew=anew)
 
 
 @pytest.fixture(scope="module", name="terminals")
@@ -107,7 +107,7 @@ def test_generate_reads_the_question_from_stdin(terminals: Terminals) -> None:
 
 def test_chat_through_pipes(terminals: Terminals) -> None:
     turns = "What is the capital of Norway?\nWhat is 30 + 12?\n/new\nWhat is the opposite of hot?\n/exit\n"
-    ended = terminals.run("client", "chat", stdin=turns)
+    ended = terminals.run("client", "chat", stdin=turns, anew=True)
     assert ended.code == 0, ended.stderr
     assert ended.stdout.split() == ["Oslo", "42", "cold"]
 
@@ -125,7 +125,7 @@ class Talker:
     def chat(self) -> Process:
         return Process(
             self.swarm.home, "client", "chat", "--model", self.model, "--max-new-tokens", "5000",
-            stdin=subprocess.PIPE,
+            has_input=True,
         )  # fmt: skip
 
     def status(self) -> set[str]:
