@@ -48,8 +48,8 @@ class Terminals:
     swarm: LocalSwarm
     status_of_one: Ended  # while there was the first peer only
 
-    def run(self, *arguments: str, stdin: str | None = None, anew: bool = False) -> Ended:
-        return run(self.swarm.home, *arguments, stdin=stdin, anew=anew)
+    def run(self, *arguments: str, stdin: str | None = None) -> Ended:
+        return run(self.swarm.home, *arguments, stdin=stdin)
 
 
 @pytest.fixture(scope="module", name="terminals")
@@ -107,7 +107,7 @@ def test_generate_reads_the_question_from_stdin(terminals: Terminals) -> None:
 
 def test_chat_through_pipes(terminals: Terminals) -> None:
     turns = "What is the capital of Norway?\nWhat is 30 + 12?\n/new\nWhat is the opposite of hot?\n/exit\n"
-    ended = terminals.run("client", "chat", stdin=turns, anew=True)
+    ended = terminals.run("client", "chat", stdin=turns)
     assert ended.code == 0, ended.stderr
     assert ended.stdout.split() == ["Oslo", "42", "cold"]
 
@@ -204,7 +204,7 @@ def test_a_second_signal_ends_it_at_once(talker: Talker) -> None:
 
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
-    with nothing_left_over(tmp_path), PeerProcess(tmp_path, "--blocks", "0:24", anew=True) as peer:
+    with nothing_left_over(tmp_path), PeerProcess(tmp_path, "--blocks", "0:24") as peer:
         peer.says("started a new swarm", on_stderr=True)
         peer.press_ctrl_c()
         assert peer.wait() == 0
