@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
@@ -115,6 +116,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
+    tempfile.tempdir = None  # chosen anew, by what this environment says
     module, *rest = arguments
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
