@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +86,17 @@ def generate(
       echo "What is 27 + 58?" | python -m client generate -
       python -m client generate --raw --temperature 0.8 "Once upon a time"
     """
-    from client.report import reporting
-    from client.text import answer, encode_messages, encode_text, load_tokenizer
-
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     if not prompt:
         raise ConfigError("the prompt is empty")
+    config = _config(options)
+
+    from client.report import reporting
+    from client.text import answer, encode_messages, encode_text, load_tokenizer
+
     sampling = _sampling(options, num_beams=num_beams)
-    with _model(options) as model:
+    with _model(config) as model:
         tokenizer = load_tokenizer(model.source)
         ids = encode_text(tokenizer, prompt) if raw else encode_messages(tokenizer, [_said("user", prompt)])
         with reporting(model, shown=trace, file=trace_file):
@@ -112,11 +116,13 @@ def chat(system: str | None, trace: bool, trace_file: Path | None, **options: An
 
     What was said stays on the peers: each turn sends its new words only.
     """
+    config = _config(options)
+
     from client.report import reporting
     from client.text import answer, encode_messages, interruptible, load_tokenizer
 
     sampling = _sampling(options)
-    with _model(options) as model:
+    with _model(config) as model:
         tokenizer = load_tokenizer(model.source)
         opening = [_said("system", system)] if system else []
         messages = list(opening)
@@ -147,11 +153,13 @@ def status(as_json: bool, **options: Any) -> None:
 
     Exit code 0: every block of every model is served; 1: some are missing.
     """
+    config = _config(options)
+
     from client.status import render
     from client.swarm import Swarm
     from dht.summary import summary
 
-    with Swarm.connect(_config(options)) as swarm:
+    with Swarm.connect(config) as swarm:
         found = summary(swarm.view)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -182,7 +190,28 @@ def api(**options: Any) -> None:
 
 
 def _config(options: dict[str, Any]) -> ClientConfig:
-    return load(ClientConfig, options, section=SECTION)
+    """What was said, and where the swarm is: so that there is none is told before torch is imported, which takes
+    seconds.
+
+    Raises:
+        UserError: a setting is wrong, there is no such folder, no swarm was found, or nobody is where it should be.
+    """
+    from dht.config import DhtConfig
+    from dht.locate import locate_swarm
+    from dht.probe import require_listener
+    from slicing.source import find_here
+
+    config = load(ClientConfig, options, section=SECTION)
+    if config.model is not None:
+        find_here(config.model)
+    base = load(DhtConfig, {"join": config.join}, section="dht")
+
+    async def locate() -> tuple[str, ...]:
+        found = (await locate_swarm(base)).maddrs
+        await require_listener(found, base.start_timeout_s)
+        return found
+
+    return replace(config, join=asyncio.run(locate()) or config.join)
 
 
 def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
@@ -192,12 +221,10 @@ def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
     return Sampling(**{name: options[name] for name in names}, **more)
 
 
-def _model(options: dict[str, Any]) -> SwarmModel:
+def _model(config: ClientConfig) -> SwarmModel:
     from client.model import SwarmModelForCausalLM
 
-    return SwarmModelForCausalLM.from_pretrained(
-        config=_config(options), on_event=lambda text: click.echo(f"· {text}", err=True)
-    )
+    return SwarmModelForCausalLM.from_pretrained(config=config, on_event=lambda text: click.echo(f"· {text}", err=True))
 
 
 def _said(role: str, text: str) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""What a peer can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [peer] table."""
+"""What a peer can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [peer] table.
+
+Fields without help are internal.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +107,9 @@ class PeerConfig:
     )
     metrics_host: str = field(default="127.0.0.1", metadata={"help": "Address on which metrics are served."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
+
+    stop_grace_s: float = 1.0
+    """For steps under way when the port closes; streams that only rest are held open for so long, too."""
 
     def __post_init__(self) -> None:
         if self.blocks is not None:

@@ -39,7 +39,6 @@ from tensor_codecs import dtype_name, names
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0  # between two looks for sessions to reclaim
-STOP_GRACE_S = 1.0  # for steps under way when the port closes
 PROBE_TOKENS = 8
 MEASURED_STEPS = 5
 IDLE_S = 30.0  # without a step; then the speed is measured anew
@@ -207,7 +206,7 @@ class SpanHost:
 
     async def _stop(self) -> None:
         if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
+            await self._server.stop(self._config.stop_grace_s)
 
     async def _sweep(self) -> None:
         ended = 0
