@@ -20,6 +20,8 @@ demo: setup
 # Two at a time, those of a module one after the other: they share swarms. Those of tests/chaos take the time of answers,
 # and so run alone.
 test test-all: export OMP_NUM_THREADS = 1
+# Else each of the many processes would compile anew what it imports of ours, where the environment forbids to keep it.
+test test-all: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL) --ignore tests/chaos
 	$(BIN)/python -m pytest -m "not slow" tests/chaos

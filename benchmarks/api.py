@@ -56,7 +56,7 @@ class Api(Process):
     def __init__(self, place: Arena, folder: str, *options: str) -> None:
         where = ["--model", folder, "--join", str(place.maddr), "--port", "0", *options]
         tuning = place.tuning
-        super().__init__(place, tuning.api_threads, tuning.passive, ["client", "api", *where], talks=False)
+        super().__init__(place, tuning.api_threads, tuning.client_passive, ["client", "api", *where], talks=False)
         self.address = urlsplit(self.says(r"^api of .* at (http://\S+)/v1$")[1]).netloc
         deadline_s = time.monotonic() + READY_S
         while self._health() != 200:

@@ -41,15 +41,16 @@ class Tuning:
     Attributes:
         unsplit_threads: of the unsplit model's operations.
         peer_threads, client_threads, api_threads: of a peer's, of a client's head, and of that of many clients.
-        passive: OpenMP's threads sleep between two operations instead of spinning, in peers and clients.
-        unsplit_passive: the same in the unsplit model's process.
+        client_passive: OpenMP's threads sleep between two operations instead of spinning, in clients.
+        peer_passive, unsplit_passive: the same in peers, and in the unsplit model's process.
     """
 
     unsplit_threads: int = 2
     peer_threads: int = 2
     client_threads: int = 1
     api_threads: int = 1
-    passive: bool = True
+    client_passive: bool = True
+    peer_passive: bool = False
     unsplit_passive: bool = False
 
 
@@ -241,7 +242,7 @@ class Arena:
         return Peer(
             self,
             threads,
-            self.tuning.passive,
+            self.tuning.peer_passive,
             [
                 *command,
                 "serve",
@@ -282,7 +283,7 @@ class Arena:
 
     def clients(self, number: int, namespace: str | None = None) -> list[Subject]:
         """Processes that will be clients: see `joined`."""
-        threads, passive = self.tuning.client_threads, self.tuning.passive
+        threads, passive = self.tuning.client_threads, self.tuning.client_passive
         return [
             Subject(self, threads, passive, ["benchmarks.subject"], talks=True, namespace=namespace)
             for _ in range(number)

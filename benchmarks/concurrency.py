@@ -109,7 +109,7 @@ def bars_of(found: Setting) -> list[Bar]:
 
 def measure(quick: bool) -> Result:
     """See the module."""
-    model, new, repeats = ("llama-tiny", 8, 2) if quick else ("llama-small", 32, 3)
+    model, new, repeats = ("llama-tiny", 8, 2) if quick else ("llama-small", 32, 2)
     numbers = (1, 2) if quick else (1, 2, 4, 8, 16)
     wanted = ((1, "float32"),) if quick else ((1, "float32"), (2, "float32"), (1, "bfloat16"))
     found = [setting(model, peers, dtype, numbers, new, repeats) for peers, dtype in wanted]

@@ -18,7 +18,7 @@ def measure(quick: bool) -> Result:
     folder, rows = str(folder_of(model)), []
     for threads in (1, 2):
         for passive in (True, False):
-            with arena(Tuning(threads, threads, 1, passive, passive)) as place:
+            with arena(Tuning(threads, threads, 1, passive, passive, passive)) as place:
                 unsplit = place.unsplit(folder)
                 place.peers(folder, spans(SHAPES[model].layers, 2))
                 client = place.client(folder, 2)

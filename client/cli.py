@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,6 +38,19 @@ def sampling_options(function: Any) -> Any:
     return function
 
 
+def trace_options(function: Any) -> Any:
+    """The options that tell where an answer's time went."""
+    function = click.option(
+        "--trace-file",
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        default=None,
+        help="Add all of that to this file, as one line of JSON for each answer.",
+    )(function)
+    return click.option(
+        "--trace", is_flag=True, help="After an answer, say on stderr what each peer of its chain did to it."
+    )(function)
+
+
 @click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="potluck")
 @click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
@@ -56,9 +72,12 @@ def cli(verbose: int) -> None:
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the model's chat template.")
 @click.option("--num-beams", type=int, default=1, show_default=True, help="Beam search with so many beams.")
 @click.option("--stats", is_flag=True, help="Afterwards, say on stderr which peers answered and how fast.")
+@trace_options
 @sampling_options
 @config_options(ClientConfig)
-def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any) -> None:
+def generate(
+    prompt: str, raw: bool, num_beams: int, stats: bool, trace: bool, trace_file: Path | None, **options: Any
+) -> None:
     """Answer PROMPT (- reads it from stdin) and write the answer to stdout.
 
     \b
@@ -67,35 +86,43 @@ def generate(prompt: str, raw: bool, num_beams: int, stats: bool, **options: Any
       echo "What is 27 + 58?" | python -m client generate -
       python -m client generate --raw --temperature 0.8 "Once upon a time"
     """
-    from client.text import answer, encode_messages, encode_text, load_tokenizer
-
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     if not prompt:
         raise ConfigError("the prompt is empty")
+    config = _config(options)
+
+    from client.report import reporting
+    from client.text import answer, encode_messages, encode_text, load_tokenizer
+
     sampling = _sampling(options, num_beams=num_beams)
-    with _model(options) as model:
+    with _model(config) as model:
         tokenizer = load_tokenizer(model.source)
         ids = encode_text(tokenizer, prompt) if raw else encode_messages(tokenizer, [_said("user", prompt)])
-        answer(model, tokenizer, ids, sampling, _write)
-        click.echo()
+        with reporting(model, shown=trace, file=trace_file):
+            answer(model, tokenizer, ids, sampling, _write)
+            click.echo()
         if stats:
             click.echo(model.summary(), err=True)
 
 
 @cli.command()
 @click.option("--system", default=None, help="What the model is told before the conversation.")
+@trace_options
 @sampling_options
 @config_options(ClientConfig)
-def chat(system: str | None, **options: Any) -> None:
+def chat(system: str | None, trace: bool, trace_file: Path | None, **options: Any) -> None:
     """Talk with the swarm's model. Ctrl-C stops an answer; /new starts over, /exit or Ctrl-D leaves.
 
     What was said stays on the peers: each turn sends its new words only.
     """
+    config = _config(options)
+
+    from client.report import reporting
     from client.text import answer, encode_messages, interruptible, load_tokenizer
 
     sampling = _sampling(options)
-    with _model(options) as model:
+    with _model(config) as model:
         tokenizer = load_tokenizer(model.source)
         opening = [_said("system", system)] if system else []
         messages = list(opening)
@@ -107,7 +134,7 @@ def chat(system: str | None, **options: Any) -> None:
                     messages = list(opening)
                 elif line:
                     messages.append(_said("user", line))
-                    with interruptible() as stop:
+                    with reporting(model, shown=trace, file=trace_file), interruptible() as stop:
                         try:
                             ids = encode_messages(tokenizer, messages)
                             text = answer(model, tokenizer, ids, sampling, _write, stop)
@@ -115,7 +142,7 @@ def chat(system: str | None, **options: Any) -> None:
                             messages.pop()  # nothing came of it
                         else:
                             messages.append(_said("assistant", text))
-                    click.echo()
+                        click.echo()
 
 
 @cli.command()
@@ -126,10 +153,13 @@ def status(as_json: bool, **options: Any) -> None:
 
     Exit code 0: every block of every model is served; 1: some are missing.
     """
-    from client.status import render, summary
-    from client.swarm import Swarm
+    config = _config(options)
 
-    with Swarm.connect(_config(options)) as swarm:
+    from client.status import render
+    from client.swarm import Swarm
+    from dht.summary import summary
+
+    with Swarm.connect(config) as swarm:
         found = summary(swarm.view)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -160,7 +190,28 @@ def api(**options: Any) -> None:
 
 
 def _config(options: dict[str, Any]) -> ClientConfig:
-    return load(ClientConfig, options, section=SECTION)
+    """What was said, and where the swarm is: so that there is none is told before torch is imported, which takes
+    seconds.
+
+    Raises:
+        UserError: a setting is wrong, there is no such folder, no swarm was found, or nobody is where it should be.
+    """
+    from dht.config import DhtConfig
+    from dht.locate import locate_swarm
+    from dht.probe import require_listener
+    from slicing.source import find_here
+
+    config = load(ClientConfig, options, section=SECTION)
+    if config.model is not None:
+        find_here(config.model)
+    base = load(DhtConfig, {"join": config.join}, section="dht")
+
+    async def locate() -> tuple[str, ...]:
+        found = (await locate_swarm(base)).maddrs
+        await require_listener(found, base.start_timeout_s)
+        return found
+
+    return replace(config, join=asyncio.run(locate()) or config.join)
 
 
 def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
@@ -170,12 +221,10 @@ def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
     return Sampling(**{name: options[name] for name in names}, **more)
 
 
-def _model(options: dict[str, Any]) -> SwarmModel:
+def _model(config: ClientConfig) -> SwarmModel:
     from client.model import SwarmModelForCausalLM
 
-    return SwarmModelForCausalLM.from_pretrained(
-        config=_config(options), on_event=lambda text: click.echo(f"· {text}", err=True)
-    )
+    return SwarmModelForCausalLM.from_pretrained(config=config, on_event=lambda text: click.echo(f"· {text}", err=True))
 
 
 def _said(role: str, text: str) -> dict[str, str]:

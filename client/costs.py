@@ -6,6 +6,7 @@ time per block for each block that the chain uses; and in the end the way back.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,14 @@ def _thinned(block_ms: Floats, enter_ms: Floats) -> NDArray[np.intp]:
     ranked = np.argsort(alone_ms, kind="stable")
     kept = [ranked[served[ranked, block]][:CONSIDERED] for block in range(served.shape[1])]
     return np.unique(np.concatenate(kept))
+
+
+def ways_ms(peers: Sequence[PeerRecord], times: Times, relayed: Collection[tuple[str, str]] = ()) -> tuple[float, ...]:
+    """What the ways along a chain of these peers should take: to each from the one before, and back from the last."""
+    stops: list[str | None] = [None, *(peer.peer_id for peer in peers), None]
+    nodes = list(dict.fromkeys(stops))
+    ways = _one_way_ms(nodes, times, relayed, peers)
+    return tuple(HOP_MS + float(ways[nodes.index(a), nodes.index(b)]) for a, b in itertools.pairwise(stops))
 
 
 def _from_here_ms(nodes: Sequence[str | None], times: Times) -> Floats:

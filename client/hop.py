@@ -130,10 +130,14 @@ class Hop:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return SessionLost("the peer does not hold the session any more", peer_id=self.link.peer.peer_id)
-            return PeerLost(f"{self.name} does not answer", peer_id=self.link.peer.peer_id)
+            return self.silent()
         if reply is None:  # grpc.aio's word for bytes that are no message
             return PeerLost(f"{self.name} answers nonsense", peer_id=self.link.peer.peer_id)
         return Progress.from_proto(reply)
+
+    def silent(self) -> PeerLost:
+        """The report of a peer that gives none."""
+        return PeerLost(f"{self.name} does not answer", peer_id=self.link.peer.peer_id)
 
     @property
     def is_open(self) -> bool:

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from protocol.mean import smoothed
-from slicing import turned, turns_faster
+from slicing.rows import FewRows, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_ROWS = 32  # of one caller: more of them make a product of their own worth its while
-TRIED_OUTPUTS = 4096  # of the matrix, to see how it is multiplied the fastest
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +59,6 @@ class SharedHead:
         self.products = 0
         self._layer = layer
         self._alone: Callable[[Tensor], Tensor] = layer.forward
-        self._turns: bool | None = None  # not known until rows come together
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: list[_Rows] = []
@@ -73,11 +70,11 @@ class SharedHead:
     def of(cls, model: PreTrainedModel) -> SharedHead | None:
         """The model's LM head, shared from now on; None: it has none that is a plain matrix."""
         layer: Any = cast(Any, model).get_output_embeddings()
-        if type(layer) is not nn.Linear:
+        if type(layer) not in (nn.Linear, FewRows):
             return None
-        shared = cls(layer)
-        setattr(layer, "forward", shared)  # noqa: B010 (mypy forbids assignment)
-        return shared
+        head = cls(cast(nn.Linear, layer))
+        setattr(layer, "forward", head)  # noqa: B010 (mypy forbids assignment)
+        return head
 
     def expect(self, thread: int) -> None:
         """That thread will come soon: it has just been given hidden states."""
@@ -135,7 +132,9 @@ class SharedHead:
                 taken[0].output = self._alone(taken[0].hidden)
             else:
                 rows = [part.hidden.reshape(-1, part.hidden.shape[-1]) for part in taken]
-                products = torch.split(self._together(torch.cat(rows)), [len(each) for each in rows])
+                with shared(True):
+                    together = self._alone(torch.cat(rows))
+                products = torch.split(together, [len(each) for each in rows])
                 for part, output in zip(taken, products, strict=True):
                     part.output = output.view(*part.hidden.shape[:-1], output.shape[-1])
         except BaseException as error:  # noqa: BLE001  # raised where the results are asked for
@@ -143,9 +142,3 @@ class SharedHead:
                 part.error = error
         self.products += 1
         self._product_s = smoothed(self._product_s or None, self._clock() - started_s)
-
-    def _together(self, rows: Tensor) -> Tensor:
-        weight, bias = self._layer.weight, self._layer.bias
-        if self._turns is None:
-            self._turns = turns_faster(weight[:TRIED_OUTPUTS])
-        return turned(rows, weight, bias) if self._turns else functional.linear(rows, weight, bias)

@@ -21,6 +21,7 @@ from client.open_chain import SessionStats
 from client.remote import Plan, RemoteBlocks
 from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
 from client.swarm import Swarm
+from client.trace import Trace
 from client.window import Window
 from protocol.errors import ConfigError
 from slicing import (
@@ -29,6 +30,7 @@ from slicing import (
     Progress,
     RemoteCache,
     fingerprint,
+    hasten,
     load_config,
     load_head,
     model_class,
@@ -247,6 +249,10 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         """One sentence on the session that was used last: its chain, steps, time per step, reroutes."""
         return self.blocks.summary()
 
+    def trace(self) -> Trace:
+        """What became of the steps of the session that was used last, hop by hop."""
+        return self.blocks.last_record.trace()
+
     def close(self) -> None:
         """Leaves the swarm, if this model joined it by itself."""
         if self._owns_swarm:
@@ -315,6 +321,7 @@ def _build(
     dtype = None if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
     head = load_head(source, dtype=dtype, device=config.device, progress=progress)
     blocks = RemoteBlocks(swarm, fingerprint(source), n_blocks(load_config(source)), config, on_event)
+    hasten(head, torch.get_num_threads())
     head.attach(blocks)
     # The architecture's class first in name, SwarmModel first in behaviour.
     kind = type(head)

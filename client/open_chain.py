@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -20,12 +22,13 @@ from client.blame import Blame
 from client.chain import Link, choose_chain
 from client.chunks import HopCost
 from client.config import ClientConfig
-from client.costs import HOP_MS, block_times_ms
+from client.costs import HOP_MS, block_times_ms, ways_ms
 from client.deadline import SHARED
 from client.hop import Heard, Hop
 from client.inquest import Report
 from client.recovery import lacking, to_renew
 from client.times import Stopwatch, Times
+from client.trace import Recorder
 from client.trial import Trial
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing, PeerError, PeerFull, PeerLost, PotluckError, SessionLost, WireError
@@ -35,6 +38,9 @@ from protocol.messages import Open, Opened, Progress, Route, Step
 from protocol.span import Span, missing_spans
 
 logger = logging.getLogger(__name__)
+
+QUIET_S = 0.3  # so long a hop may be silent, though others have answered; or longer, where round trips are
+QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
 
 
 class Peers(Protocol):
@@ -111,6 +117,7 @@ class OpenChain:
     """The hops of one session. What they say comes to `inbox`.
 
     Args:
+        record: told which hops answer.
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
 
     Attributes:
@@ -125,6 +132,7 @@ class OpenChain:
         blame: Blame,
         config: ClientConfig,
         stats: SessionStats,
+        record: Recorder,
         on_event: Callable[[str], None],
     ) -> None:
         self.hops: list[Hop] = []
@@ -136,6 +144,7 @@ class OpenChain:
         self._blame = blame
         self._config = config
         self._stats = stats
+        self._record = record
         self._on_event = on_event
         self._secret = secrets.token_bytes(SESSION_ID_BYTES)
         self._left: list[Hop] = []  # leave the swarm, and are released when others are in their place
@@ -164,9 +173,30 @@ class OpenChain:
         self._stats.relayed += 1
         await self.send(following, replace(step, epoch=self.epoch))
 
-    async def reports(self, timeout_s: float) -> list[Report]:
-        """How far each hop is, by its own word."""
-        return await asyncio.gather(*(hop.progress(timeout_s) for hop in self.hops))
+    async def reports(self, timeout_s: float, slack_s: float = 0.0) -> list[Report]:
+        """How far each hop is, by its own word. All are asked at once: once others have answered, one that is silent is
+        given no more than a few times as long.
+
+        Args:
+            slack_s: what lines that are busy with a large step may add.
+        """
+        rtts_ms, began_s = self._peers.times().rtts_ms, time.monotonic()
+        asked = {asyncio.ensure_future(hop.progress(timeout_s + slack_s)): hop for hop in self.hops}
+        silent, answered_s = set(asked), math.inf
+        try:
+            while silent:
+                slowest_s = max(rtts_ms.get(asked[each].link.peer.peer_id, 0.0) / 1e3 for each in silent)
+                allowed_s = min(timeout_s, max(QUIET_S, QUIET_FACTOR * max(slowest_s, answered_s)))
+                left_s = None if answered_s == math.inf else began_s + allowed_s + slack_s - time.monotonic()
+                done, silent = await asyncio.wait(silent, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                if any(isinstance(each.result(), Progress) for each in done):
+                    answered_s = time.monotonic() - began_s
+        finally:
+            for each in silent:
+                each.cancel()
+        return [hop.silent() if each in silent else each.result() for each, hop in asked.items()]
 
     # ------------------------------------------------------------------ edges that are cut
 
@@ -194,11 +224,13 @@ class OpenChain:
             if before.relayed and (before.link.peer.peer_id, after.link.peer.peer_id) not in cut:
                 before.relayed = False
                 self._route(before, after, next_step)
+                self._show()
 
     def _cut(self, before: Hop, after: Hop, why: str) -> None:
         """From now on, for a while, this client carries steps over that edge."""
         before.relayed = True
         self._blame.add_edge((before.link.peer.peer_id, after.link.peer.peer_id))
+        self._show()
         self._on_event(f"steps from {before.name} to {after.name} go through this client ({why or 'as it asks'})")
 
     # ------------------------------------------------------------------ losses
@@ -228,6 +260,7 @@ class OpenChain:
                 self._on_event(f"{hop.name} is lost ({error.message}); looking for others")
             else:
                 self._on_event(f"{hop.name} is passed over ({error.message})")
+        self._show()
         return failure or BlocksMissing("the chain broke")
 
     def release_leavers(self) -> None:
@@ -389,6 +422,7 @@ class OpenChain:
             self._route(before, after, next_step)
         self._route(self.hops[-1], None, step_id)
         self.is_whole = True
+        self._show()
         for entry in log.since(lacks[0]):
             if entry.step_id < step_id:
                 self._stats.replayed_tokens += entry.rows * entry.tokens
@@ -425,6 +459,12 @@ class OpenChain:
                 HopCost(HOP_MS + blocks * block_ms, blocks * (block_ms / SHARED if token_ms is None else token_ms))
             )
         return tuple(costs)
+
+    def _show(self) -> None:
+        """Which hops answer now, for the record."""
+        peers = [hop.link.peer for hop in self.hops]
+        ways = ways_ms(peers, self._peers.times(), self._blame.cut_edges())
+        self._record.chain(self.links, ways, [hop.relayed for hop in self.hops])
 
     def note(self, entry: Entry, result: Step) -> None:
         """What the peers said of a step's cost, for routes to come."""

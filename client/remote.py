@@ -26,6 +26,7 @@ from client.open_chain import SessionSpec, SessionStats
 from client.session import Session
 from client.swarm import ModelPeers, Swarm
 from client.times import Times
+from client.trace import Recorder
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing, PeerFault
 from protocol.journal import Entry, Part
@@ -83,6 +84,7 @@ class RemoteBlocks:
         self.on_results: Callable[[int], None] = _ignore
         self.last_chain: tuple[Link, ...] = ()
         self.last_stats = SessionStats()
+        self.last_record = Recorder(n_blocks, self.last_stats)
 
     def run(
         self,
@@ -109,7 +111,7 @@ class RemoteBlocks:
             entries = list(self._entries(whole, cache.n_tokens, ops, session))
             results = self._swarm.call(self._pass(session, entries, threading.get_ident()))
         finally:
-            self.last_chain, self.last_stats = session.chain, session.stats
+            self._last(session)
         cache.pending.clear()
         outputs = [_decoded(result, hidden) for result in results]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
@@ -135,8 +137,7 @@ class RemoteBlocks:
         try:
             results = self._swarm.call(_all_of(steps))
         finally:
-            largest = max(sessions, key=lambda session: session.spec.batch)
-            self.last_chain, self.last_stats = largest.chain, largest.stats
+            self._last(max(sessions, key=lambda session: session.spec.batch))
             self._swarm.call(_all_of([session.close for session in sessions]))
         return torch.cat([_decoded(result, hidden) for result in results], dim=-3)
 
@@ -186,6 +187,9 @@ class RemoteBlocks:
         per_step_ms = stats.busy_s / max(1, stats.steps) * 1e3
         carried = f", {stats.relayed} carried from peer to peer" if stats.relayed else ""
         return f"{chain}; {stats.steps} steps, {per_step_ms:.1f} ms per step, {stats.reroutes} reroutes{carried}"
+
+    def _last(self, session: Session) -> None:
+        self.last_chain, self.last_stats, self.last_record = session.chain, session.stats, session.record
 
     def _session(self, cache: RemoteCache, rows: int) -> Session:
         if isinstance(cache.handle, Session):

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from client import inquest
 from client.blame import Blame
@@ -25,6 +25,7 @@ from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Hop
 from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
+from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.journal import Entry, StepLog
@@ -46,6 +47,9 @@ class Session:
 
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
+
+    Attributes:
+        record: what became of its steps, hop by hop; see `client.trace.trace_of`.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Session:
     ) -> None:
         self.spec = spec
         self.stats = SessionStats()
+        self.record = Recorder(spec.n_blocks, self.stats)
+        self._on_event = on_event
         self._config = config
-        self._chain = OpenChain(spec, peers, blame, config, self.stats, on_event)
+        self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
         self._times = StepTimes()
         self._step_id = 0
@@ -149,6 +155,7 @@ class Session:
                     await self._mend(first.step_id, trial)
                 elif is_alone:
                     chain.try_cut_edges(first.step_id)
+                sent_s = time.monotonic()
                 while (ahead := flight.next()) is not None:
                     self._log.put(ahead, keep=max(IN_FLIGHT, flight.sent))
                     await chain.send(chain.hops[0], ahead.step(chain.epoch))
@@ -157,11 +164,18 @@ class Session:
                 await trial.again(chain.give_up(broken.losses, trial))
                 continue
             flight.done += 1
+            is_timed = is_alone and not trial.disturbed
+            took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
+            self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
             if is_alone:  # others wait for those before them, which says nothing of the chain
                 chain.note(first, result.step)
                 if not trial.disturbed:
                     self._times.note(first.tokens, time.monotonic() - started_s)
             return result
+
+    def _tell(self, what: str) -> None:
+        self.record.event(what)
+        self._on_event(what)
 
     async def _mend(self, step_id: int, trial: Trial) -> None:
         await self._chain.mend(self._log, step_id, trial)
@@ -228,7 +242,7 @@ class Session:
             ChainBroken: hops are silent, or have been at it for too long.
         """
         chain, slack_s = self._chain, entry.nbytes / SLOWEST_BYTES_PER_S
-        reports = await chain.reports(self._config.probe_timeout_s + slack_s)
+        reports = await chain.reports(self._config.probe_timeout_s, slack_s)
         verdict = inquest.judge(reports, entry.step_id)
         silent = [(chain.hops[i], reports[i]) for i in verdict.lost]
         if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:
@@ -279,6 +293,7 @@ class _Flight:
     steps: list[Entry]
     sent: int = 0
     done: int = 0
+    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def first(self) -> Entry:

@@ -14,19 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hivemind.utils.logging as hivemind_logging
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
-from hivemind.proto import dht_pb2
-from hivemind.utils.multiaddr import Multiaddr
-
 from dht import ports
 from dht.config import DhtConfig
+from dht.kademlia import DHTID, P2P, ControlFailure, DHTNode, Multiaddr, P2PDaemonError, PeerID, dht_pb2
+from dht.kademlia import logging as hivemind_logging
 from dht.maddr import Maddr, best_first, transport
-from dht.probe import listens
+from dht.probe import listens, unreachable
 from dht.validator import PotluckValidator, guard
 from protocol.errors import ConfigError, SwarmNotFound
 from protocol.identity import Identity
@@ -226,12 +219,6 @@ async def _end_p2pd(p2p: P2P, timeout_s: float) -> None:
         for task in done:
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.debug("hivemind's %s ended with %r", task.get_name(), error)  # else asyncio logs a traceback
-
-
-def unreachable(initial: Sequence[str]) -> SwarmNotFound:
-    return SwarmNotFound(
-        f"no node of the swarm answers at {', '.join(initial)}; check that one runs there and that the address is right"
-    )
 
 
 def local_time() -> float:

@@ -20,8 +20,9 @@ from typing import Any
 from dht import known_peers
 from dht.background import background
 from dht.config import DhtConfig
-from dht.daemon import Daemon, start_daemon, tame_hivemind_logs, unreachable
+from dht.daemon import Daemon, start_daemon, tame_hivemind_logs
 from dht.maddr import Maddr
+from dht.probe import unreachable
 from dht.validator import PotluckValidator, Verifier
 from protocol.errors import ConfigError, SwarmNotFound
 from protocol.identity import Identity

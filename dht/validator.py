@@ -14,13 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 import msgpack
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.utils.timed_storage import ValueWithExpiration
 
 from dht.config import MAX_EXPIRY_S
 from dht.envelope import MAX_RAW_BYTES, TOO_LARGE, Envelope, unseal
+from dht.kademlia import (
+    DHTID,
+    DHTLocalStorage,
+    DHTRecord,
+    DictionaryDHTValue,
+    RecordValidatorBase,
+    ValueWithExpiration,
+)
 from protocol.errors import BadRecord
 
 MAX_PACKED_BYTES = MAX_RAW_BYTES + 16

@@ -64,7 +64,26 @@ def _dht_config(config: PeerConfig) -> DhtConfig:
     )
 
 
+async def _look_first(config: PeerConfig, dht_config: DhtConfig) -> None:
+    """A person's mistakes that can be told before torch and hivemind are imported, which takes seconds.
+
+    Raises:
+        UserError: a port cannot be listened at, there is no such folder, or nobody is where the swarm should be.
+    """
+    from dht import ports
+    from dht.probe import require_listener
+    from slicing.source import find_here
+
+    for port in (config.port, dht_config.port):
+        ports.bind(config.host, port)
+    if config.model is not None:
+        find_here(config.model)
+    await require_listener(dht_config.join, dht_config.start_timeout_s)
+
+
 async def _serve(config: PeerConfig, dht_config: DhtConfig) -> None:
+    await _look_first(config, dht_config)
+
     from peer.progress import LoadingBar
     from peer.server import open_peer
 

@@ -1,4 +1,7 @@
-"""What a peer can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [peer] table."""
+"""What a peer can be told, and the defaults: flags, `POTLUCK_*` variables, the file's [peer] table.
+
+Fields without help are internal.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,17 @@ class PeerConfig:
         default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
     )
     public_name: str | None = field(default=None, metadata={"help": "A name to be shown on health pages."})
+    contact: str | None = field(
+        default=None, metadata={"help": "How you can be reached, to be shown on health pages; everybody can read it."}
+    )
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "Port for Prometheus (HTTP, /metrics); 0 picks a free one. Not given: none."}
+    )
+    metrics_host: str = field(default="127.0.0.1", metadata={"help": "Address on which metrics are served."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
+
+    stop_grace_s: float = 1.0
+    """For steps under way when the port closes; streams that only rest are held open for so long, too."""
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
@@ -110,6 +123,8 @@ class PeerConfig:
         for name in ("port", "dht_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port must be between 0 and 65535, not {self.metrics_port}")
         if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
             raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
         for name in (
@@ -132,6 +147,11 @@ class PeerConfig:
             raise ConfigError(f"--prefill-share must be between 0 and 1, not {self.prefill_share}")
         if self.public_name is not None and not 1 <= len(self.public_name) <= 64:
             raise ConfigError("--public-name has 1 to 64 characters")
+        if self.contact is not None and not 1 <= len(self.contact) <= 100:
+            raise ConfigError("--contact has 1 to 100 characters")
+        for flag, value in (("--public-name", self.public_name), ("--contact", self.contact)):
+            if value is not None and not value.isprintable():
+                raise ConfigError(f"{flag} has characters that cannot be shown: {value!a}")
 
     @property
     def span(self) -> Span | None:

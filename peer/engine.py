@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peer.compute import ComputeThread
 from peer.meter import Meter
 from peer.scheduler import CostModel, Piece, Scheduler
 from peer.session import Delivery, Session, SessionTable
+from peer.tally import Tally
 from peer.work import Work, shape_of
 from peer.worker import Worker
 from protocol.errors import PeerFull
@@ -30,10 +31,17 @@ class Engine:
 
     Args:
         meter: told of each pass.
+        tally: counts steps and passes.
     """
 
     def __init__(
-        self, worker: Worker, compute: ComputeThread, sessions: SessionTable, scheduler: Scheduler, meter: Meter
+        self,
+        worker: Worker,
+        compute: ComputeThread,
+        sessions: SessionTable,
+        scheduler: Scheduler,
+        meter: Meter,
+        tally: Tally,
     ) -> None:
         self.passes = 0
         self._worker = worker
@@ -41,6 +49,7 @@ class Engine:
         self._sessions = sessions
         self._scheduler = scheduler
         self._meter = meter
+        self._tally = tally
         self._costs = CostModel()
         self._waiting: dict[int, Work] = {}
         self._in_pass: frozenset[int] = frozenset()
@@ -54,8 +63,8 @@ class Engine:
 
     @property
     def expected_ms(self) -> float:
-        """Milliseconds until what waits now is through, at a guess."""
-        tokens = sum(work.rows * (work.tokens - work.computed) for work in self._waiting.values())
+        """Milliseconds until what waits now is through, at a guess. For any thread: a copy, since steps come and go."""
+        tokens = sum(work.rows * (work.tokens - work.computed) for work in list(self._waiting.values()))
         return self._costs.now(self._meter.step_ms).of(tokens) if tokens else 0.0
 
     async def execute(self, session: Session, delivery: Delivery) -> HopTrace | None:
@@ -73,6 +82,8 @@ class Engine:
             return None
         rows, tokens = shape_of(step)
         self._make_room(session, rows, step.position + tokens)
+        self._tally.tokens_in += rows * tokens
+        self._tally.bytes_in += len(step.payload)
         self._numbers += 1
         work = Work(
             self._numbers,
@@ -85,6 +96,8 @@ class Engine:
             asyncio.get_running_loop().create_future(),
             session.cache,
         )
+        if work.decodes:
+            session.came_back(time.monotonic())
         self._waiting[work.number] = work
         session.running = work.done
         self._came.set()
@@ -100,34 +113,32 @@ class Engine:
             await self._came.wait()
             self._came.clear()
             while self._waiting:
-                patience_s = self._patience_s()
-                if patience_s:
-                    await self._gather(patience_s)
+                await self._gather()
                 await self._pass()
 
-    def _patience_s(self) -> float:
-        """For how long a pass may wait for more steps."""
-        decoding = self._decoding()
-        present = sum(1 for work in self._waiting.values() if work.decodes and work.packs)
-        return self._scheduler.patience_ms(present, decoding, self._costs.now(self._meter.step_ms)) / 1e3
-
-    async def _gather(self, patience_s: float) -> None:
-        """Waits for more steps, until all are there that are likely to come."""
-        deadline_s = time.monotonic() + patience_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
+    async def _gather(self) -> None:
+        """Waits for more steps, as long as that pays."""
+        began_s = time.monotonic()
+        while (patience_s := self._patience_s(began_s)) > 0:
             self._came.clear()
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(patience_s):
                     await self._came.wait()
             except TimeoutError:
                 return
-            if not self._patience_s():
-                return
+
+    def _patience_s(self, began_s: float) -> float:
+        """For how long a pass may wait for more steps, that began to wait at `began_s`."""
+        now_s, costs = time.monotonic(), self._costs.now(self._meter.step_ms)
+        present = {id(work.session) for work in self._waiting.values() if work.decodes and work.packs}
+        due_ms = ((session.due_s - now_s) * 1e3 for session in self._decoding(now_s) if id(session) not in present)
+        return self._scheduler.patience_ms(len(present), (now_s - began_s) * 1e3, due_ms, costs) / 1e3
 
     async def _pass(self) -> None:
         costs = self._costs.now(self._meter.step_ms)
         waiting = [work.waiting() for work in self._waiting.values()]
-        pieces = self._scheduler.step(waiting, costs, self._decoding())
+        decoding = sum(1 for _ in self._decoding(time.monotonic()))
+        pieces = self._scheduler.step(waiting, costs, decoding)
         chosen = [(self._waiting[piece.number], self._tokens(piece)) for piece in pieces]
         if not chosen:
             return
@@ -160,7 +171,11 @@ class Engine:
         single = all(count == 1 for _, count in chosen)
         rows = sum(work.rows for work, _ in chosen)
         self._meter.note(blocks, 1 if single else tokens, rows if single else 1, queue_ms, took_ms, now_s)
-        for work, _ in chosen:
+        self._tally.pass_s.add(took_ms / 1e3)
+        self._tally.pass_steps.add(len(chosen))
+        self._tally.pass_tokens.add(tokens)
+        for work, count in chosen:
+            self._tally.computed[work.kind] += work.rows * count
             work.session.last_used_s = now_s
             if work.decodes and work.step.position:
                 work.session.decoded_s = now_s
@@ -176,6 +191,8 @@ class Engine:
             work.done.set_exception(work.error)
             work.done.exception()  # if nobody asks, that is no fault of this one
         elif work.cost is not None:
+            self._tally.step_s[work.kind].add((work.cost.queue_ms + work.cost.compute_ms) / 1e3)
+            self._tally.queued_s.add(work.cost.queue_ms / 1e3)
             work.done.set_result(work.cost)
         else:
             work.done.cancel()
@@ -186,9 +203,9 @@ class Engine:
         if work.number not in self._in_pass:
             self._settle(work)
 
-    def _decoding(self) -> int:
-        now_s = time.monotonic()
-        return sum(1 for session in self._sessions if now_s - session.decoded_s < DECODING_S)
+    def _decoding(self, now_s: float) -> Iterator[Session]:
+        """The sessions in the middle of an answer, their next steps here or elsewhere in their chains."""
+        return (session for session in self._sessions if now_s - session.decoded_s < DECODING_S)
 
     # ------------------------------------------------------------------ room for keys and values
 

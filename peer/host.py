@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import grpc
+import torch
 
 from dht.background import background
 from dht.record import State
@@ -24,6 +25,7 @@ from peer.meter import Meter
 from peer.scheduler import Scheduler
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import Session, SessionTable
+from peer.tally import Tally
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -31,13 +33,12 @@ from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import RaggedSpan, SpanCache, SpanModel, trouble, turning_pays
+from slicing import RaggedSpan, SpanCache, SpanModel, hasten, trouble
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0  # between two looks for sessions to reclaim
-STOP_GRACE_S = 1.0  # for steps under way when the port closes
 PROBE_TOKENS = 8
 MEASURED_STEPS = 5
 IDLE_S = 30.0  # without a step; then the speed is measured anew
@@ -91,6 +92,7 @@ class SpanHost:
         self.state: State = "joining"
         self.port = 0
         self.meter = Meter(len(model.span))
+        self.tally = Tally()
         self.budget = KvBudget(kv_tokens, len(model.span))
         self.messages = MessageBudget(config.message_mib << 20)
         self.journals = JournalBudget(config.journal_mib << 20)
@@ -111,8 +113,10 @@ class SpanHost:
         self._compute = ComputeThread(config.threads)
         worker = Worker(model, ragged, self.sessions, config.max_step_tokens)
         scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.prefill_share)
-        self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter)
-        self.service = PeerService(self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes())
+        self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
+        self.service = PeerService(
+            self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
+        )
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -136,6 +140,7 @@ class SpanHost:
         Raises:
             ConfigError: the port is taken, or the address is not this machine's.
         """
+        await asyncio.to_thread(hasten, model.model, config.threads or torch.get_num_threads())
         per_token = await asyncio.to_thread(probe_kv_bytes, model)
         ragged = await asyncio.to_thread(batching, model, config.max_batch)
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
@@ -201,7 +206,7 @@ class SpanHost:
 
     async def _stop(self) -> None:
         if self._server is not None:
-            await self._server.stop(STOP_GRACE_S)
+            await self._server.stop(self._config.stop_grace_s)
 
     async def _sweep(self) -> None:
         ended = 0
@@ -270,7 +275,7 @@ def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
     if reason := trouble(model):
         logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
         return None
-    return RaggedSpan(model, turns=turning_pays(model))
+    return RaggedSpan(model)
 
 
 def probe_kv_bytes(model: SpanModel) -> int:

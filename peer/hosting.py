@@ -101,6 +101,7 @@ class Hosting:
             self._standing.closed()
             await asyncio.to_thread(memory.give_back_weights)
             if self._model.span != before:
+                self._standing.moves += 1
                 self._say(f"moved from blocks {before} to {self._model.span}: {self._model.report}")
 
     async def _serve(self) -> _Move:

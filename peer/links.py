@@ -210,6 +210,10 @@ class Links:
         self._tasks = tasks
         self._links: dict[str, tuple[_Link, asyncio.Task[None]]] = {}
 
+    def __len__(self) -> int:
+        """Streams that there are now."""
+        return len(self._links)
+
     def push(self, peer_id: str, edge: bytes, step: Step) -> asyncio.Future[None]:
         """Hands `step` to the stream to `peer_id`. The future is done when it was written; it fails with a `PeerLost`.
         Whoever does not want it any more may fail the future itself."""

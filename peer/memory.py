@@ -31,6 +31,11 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def allocated_bytes(device: torch.device) -> int | None:
+    """What tensors take of a GPU's memory; None: not a GPU. torch is asked, not the driver, which may wait for it."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
 def give_back() -> None:
     """Hands memory that ended sessions freed back to the system; glibc would keep it. Elsewhere it does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

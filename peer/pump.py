@@ -16,6 +16,7 @@ from peer.compute import ComputeThread
 from peer.engine import Engine
 from peer.links import Links
 from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
+from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.frames import result_frames
@@ -32,8 +33,9 @@ class ReplyStream:
         ClientLeft: by every method: there is nobody any more to hear it.
     """
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, tally: Tally) -> None:
         self._context = context
+        self._tally = tally
         self._lock = asyncio.Lock()
 
     async def send(self, *replies: pb.InferReply) -> None:
@@ -45,6 +47,7 @@ class ReplyStream:
                     raise ClientLeft(str(error)) from error
 
     async def fail(self, error: PotluckError, step_id: int = 0, *, fatal: bool = False) -> None:
+        self._tally.refusals[error.code] += 1
         await self.send(Failure(error, step_id, fatal).to_proto())
 
 
@@ -59,6 +62,7 @@ class Pump:
         compute: ComputeThread,
         links: Links,
         client: ReplyStream,
+        tally: Tally,
     ) -> None:
         self._session = session
         self._sessions = sessions
@@ -66,6 +70,7 @@ class Pump:
         self._compute = compute
         self._links = links
         self._client = client
+        self._tally = tally
 
     async def run(self) -> None:
         """Until it is cancelled, or a step broke the protocol: the client has been told, the stream must end."""
@@ -141,7 +146,8 @@ class Pump:
     async def _hand_on_one(self, output: Entry, route: Route) -> None:
         session = self._session
         step = output.step(session.epoch)
-        if route.peer_id and not session.undelivered:
+        pushes = bool(route.peer_id) and not session.undelivered
+        if pushes:
             session.handing_on = self._links.push(route.peer_id, route.edge, step)
             try:
                 await session.handing_on
@@ -149,3 +155,7 @@ class Pump:
                 session.handing_on = None
         else:
             await self._client.send(*result_frames(StepResult(step, session.undelivered)))
+        way = "pushed" if pushes else "relayed" if route.peer_id else "answered"
+        self._tally.handed_on[way] += 1
+        self._tally.tokens_out += output.rows * output.tokens
+        self._tally.bytes_out += output.nbytes

@@ -32,8 +32,11 @@ UNKNOWN_MS: Final = 10.0
 LEAST_MS: Final = 0.01
 REMEMBERED: Final = 16  # passes of each kind
 
-GATHERING: Final = 0.15
-"""Of the time of a pass: so long it may wait for steps of sessions in the middle of an answer."""
+GATHERING: Final = 0.9
+"""Of the time of a pass: so long it may wait for steps that are due. Without them there would be two passes: whoever
+waits for less than the time of one, gains."""
+LATE: Final = 0.3
+"""Of the time of a pass: so much later than expected a step may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +136,24 @@ class Scheduler:
         else:
             line = [step for step in line if step.packs and step.span == first.span]
             pieces = self._decodes(line, costs)
-            pieces += self._prefills(line, costs, len(pieces), max(decoding, len(pieces)))
+            pieces += self._prefills(line, costs, pieces, max(decoding, len(pieces)))
         self._charge(pieces, waiting, costs)
         return tuple(pieces)
 
-    def patience_ms(self, present: int, decoding: int, costs: Costs) -> float:
+    def patience_ms(self, present: int, waited_ms: float, due_ms: Iterable[float], costs: Costs) -> float:
         """For how long the next pass may wait for more steps. Sessions that decode come back in step with each other;
         one that is a moment late would have to wait for the others' whole pass, and a pass of its own.
 
         Args:
             present: decode steps that wait.
-            decoding: sessions that are in the middle of an answer, their steps here or elsewhere in their chains.
+            waited_ms: for how long the pass has waited by now.
+            due_ms: of each other session in the middle of an answer: when its next step is likely to come, from now.
         """
-        return GATHERING * costs.pass_ms if 0 < present < min(decoding, self._max_batch) else 0.0
+        if not 0 < present < self._max_batch:
+            return 0.0
+        left_ms, late_ms = GATHERING * costs.pass_ms - waited_ms, LATE * costs.pass_ms
+        coming_ms = [due for due in due_ms if -late_ms < due <= left_ms]
+        return max(0.0, min(left_ms, max(coming_ms) + late_ms)) if coming_ms else 0.0
 
     def _decodes(self, line: Iterable[Waiting], costs: Costs) -> list[Piece]:
         steps = [step for step in line if step.decodes]
@@ -168,8 +176,8 @@ class Scheduler:
                 break
         return chosen
 
-    def _prefills(self, line: Iterable[Waiting], costs: Costs, decodes: int, decoding: int) -> list[Piece]:
-        room = self._max_tokens - decodes
+    def _prefills(self, line: Iterable[Waiting], costs: Costs, decodes: Sequence[Piece], decoding: int) -> list[Piece]:
+        room = self._max_tokens - sum(piece.tokens for piece in decodes)
         if decoding:
             share = self._prefill_share
             room = min(room, max(LEAST_PIECE, int(costs.of(decoding) * share / (1 - share) / costs.token_ms)))
@@ -178,7 +186,7 @@ class Scheduler:
             if step.decodes:
                 continue
             tokens = min(step.tokens, room)
-            if tokens < 1 or decodes + len(chosen) >= self._max_batch:
+            if tokens < 1 or len(decodes) + len(chosen) >= self._max_batch:
                 break
             chosen.append(Piece(step.number, tokens))
             room -= tokens

@@ -27,6 +27,7 @@ from peer.first_span import FirstSpan
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
 from peer.loading import SpanLoader
+from peer.metrics import serving_metrics
 from peer.neighbours import Neighbours
 from peer.placement import MovePolicy
 from peer.standing import Standing
@@ -106,6 +107,9 @@ async def open_peer(
         loader = await asyncio.to_thread(SpanLoader.choose, config, source, served, progress)
         first = FirstSpan(config, loader, reader, identity.peer_id, rng, say)
         standing = Standing(identity, served, await first.choose(), config, partial(_hosts, config, node))
+        if config.metrics_port is not None:
+            url = await stack.enter_async_context(serving_metrics(standing, config.metrics_host, config.metrics_port))
+            say(f"metrics at {url}")
         announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
         await stack.enter_async_context(findable(node, dht_config, "peer"))
         balance = Balance(standing, served, reader, _policy(config), rng)

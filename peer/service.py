@@ -23,6 +23,7 @@ from peer.engine import Engine
 from peer.links import Links
 from peer.pump import Pump, ReplyStream
 from peer.session import ClientLeft, Delivery, Session, SessionTable
+from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
@@ -60,6 +61,7 @@ class PeerService(pb_grpc.PeerServicer):
     Args:
         describe: makes the current Description.
         max_payload_bytes: a larger step is refused by its header.
+        tally: counts what comes, goes and is refused.
 
     Attributes:
         links: to the peers after this one; set before the port opens.
@@ -74,6 +76,7 @@ class PeerService(pb_grpc.PeerServicer):
         engine: Engine,
         compute: ComputeThread,
         max_payload_bytes: int,
+        tally: Tally,
     ) -> None:
         self.links: Links | None = None
         self.begun = self.pushed = self.relayed = 0
@@ -82,6 +85,7 @@ class PeerService(pb_grpc.PeerServicer):
         self._engine = engine
         self._compute = compute
         self._max_payload_bytes = max_payload_bytes
+        self._tally = tally
         self._visits: set[_Visit] = set()
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:  # noqa: N802
@@ -120,7 +124,7 @@ class PeerService(pb_grpc.PeerServicer):
         ).to_proto()
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
-        visit = _Visit(self, ReplyStream(context), context.peer())
+        visit = _Visit(self, ReplyStream(context, self._tally), context.peer())
         self._visits.add(visit)
         try:
             await visit.run(requests)
@@ -138,6 +142,7 @@ class PeerService(pb_grpc.PeerServicer):
                 try:
                     self._take(arriving, message)
                 except PotluckError as error:
+                    self._tally.refusals[error.code] += 1
                     refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
                     await context.write(pb.PushReply(edge=message.edge, failure=refusal))
         finally:
@@ -214,7 +219,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     def pump(self, session: Session, client: ReplyStream) -> Pump:
         assert self.links is not None
-        return Pump(session, self._sessions, self._engine, self._compute, self.links, client)
+        return Pump(session, self._sessions, self._engine, self._compute, self.links, client, self._tally)
 
     @property
     def sessions(self) -> SessionTable:

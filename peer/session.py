@@ -23,6 +23,8 @@ from slicing import PagedCache, RaggedSpan, SpanCache, SpanModel
 from slicing.paged import PAGE_TOKENS, pages
 
 NEWEST_SHARE = 0.05  # of the newest session in what sessions use of what they announce
+AWAY_SHARE = 0.3  # of the newest time in the mean of how long a session is away
+AWAY_MOST = 3.0  # times the mean: somebody who stopped to think says little
 WATERMARK = 0.9
 """Of the budget: above it no session is opened beside others; what is left is for those that there are to grow."""
 
@@ -70,7 +72,8 @@ class Session:
         deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
         turn: grows whenever what is to be handed on, or where to, changes.
         running: the step that waits for the compute thread, or is there.
-        decoded_s: when it last made a decode step.
+        decoded_s: when its last decode step was through.
+        away_s: how long it took, by and by, until the next one came.
         handing_on: the push that is under way.
     """
 
@@ -100,6 +103,7 @@ class Session:
     owner: Owner | None = None  # the latest of them
     last_used_s: float = 0.0
     decoded_s: float = -math.inf
+    away_s: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -112,6 +116,18 @@ class Session:
         if self.cache is None or self.broken or step.epoch < self.epoch or step.step_id <= self.next_step:
             return False
         return step.position > tokens_after(self.cache.n_tokens, step.ops)
+
+    def came_back(self, now_s: float) -> None:
+        """The next decode step is here."""
+        if self.decoded_s == -math.inf:
+            return
+        away_s = now_s - self.decoded_s
+        self.away_s += AWAY_SHARE * (min(away_s, AWAY_MOST * self.away_s) - self.away_s) if self.away_s else away_s
+
+    @property
+    def due_s(self) -> float:
+        """When the next decode step is likely to come."""
+        return self.decoded_s + self.away_s
 
     def reroute(self, route: Route) -> None:
         """Outputs go along `route` from now on, beginning with those that its next hop lacks.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peer.scheduler import Waiting
 from peer.session import Session
+from peer.tally import Kind
 from protocol.messages import HIDDEN, HopTrace, Step
 from slicing import PagedCache, SpanCache
 
@@ -56,6 +57,10 @@ class Work:
     def decodes(self) -> bool:
         """Is it the next step of an answer, rather than a prompt?"""
         return self.rows * self.tokens <= DECODE_TOKENS
+
+    @property
+    def kind(self) -> Kind:
+        return "decode" if self.decodes else "prefill"
 
     def waiting(self) -> Waiting:
         """As the scheduler sees it."""

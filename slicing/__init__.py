@@ -8,7 +8,7 @@
 | a peer | `load_span`, `move_span` -> `SpanModel`, its `step`, `new_cache` -> `SpanCache`, `CacheOp`; `block_digests` |
 | | `RaggedSpan`: steps of many sessions in one pass, `Stretch` and `PagedCache` each; `trouble` says if it is exact |
 | a client | `load_head` -> `Head`, to which it attaches a `Remote`; `RemoteCache` |
-| both | `turned`, where it `turns_faster`: a few rows times a large matrix |
+| both | `hasten`: a few rows times a large matrix |
 
 Names are imported on first use: what only concerns files and cuts does not wait for torch.
 """
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from slicing.loading import LoadReport, Progress
     from slicing.paged import PagedCache
     from slicing.proof import trouble
-    from slicing.ragged import RaggedSpan, Stretch, turned, turning_pays, turns_faster
+    from slicing.ragged import RaggedSpan, Stretch
     from slicing.remote import Remote, RemoteCache
+    from slicing.rows import hasten
     from slicing.source import ModelSource, resolve
     from slicing.span_model import SpanModel, block_bytes, load_span, move_span
 
@@ -50,6 +51,7 @@ __all__ = [
     "check_architecture",
     "check_span",
     "fingerprint",
+    "hasten",
     "hidden_size",
     "is_proven",
     "kv_values",
@@ -63,9 +65,6 @@ __all__ = [
     "nearest_spans",
     "resolve",
     "trouble",
-    "turned",
-    "turning_pays",
-    "turns_faster",
 ]
 
 _HOME = {
@@ -77,8 +76,9 @@ _HOME = {
     "slicing.loading": ("LoadReport", "Progress"),
     "slicing.paged": ("PagedCache",),
     "slicing.proof": ("trouble",),
-    "slicing.ragged": ("RaggedSpan", "Stretch", "turned", "turning_pays", "turns_faster"),
+    "slicing.ragged": ("RaggedSpan", "Stretch"),
     "slicing.remote": ("Remote", "RemoteCache"),
+    "slicing.rows": ("hasten",),
     "slicing.source": ("ModelSource", "resolve"),
     "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
 }

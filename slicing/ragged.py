@@ -11,24 +11,20 @@ sessions, which are the specification. Known to need them: ALiBi (its bias comes
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
-import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from protocol.errors import ModelError
+from slicing import rows
 from slicing.cache import SpanCache
 from slicing.config import n_blocks, text_config
 from slicing.paged import PagedCache
@@ -39,10 +35,6 @@ if TYPE_CHECKING:
 NAME: Final = "potluck_ragged"
 """Of the attention function. transformers makes masks only for those that it knows, so here it makes none."""
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
-
-TURNED_ROWS: Final = 64  # of a pass, at most, for which matrices are turned
-TRIED_ROWS: Final = 8
-TRIES: Final = 5
 
 _pass = threading.local()
 """`packing`: of the packed pass that this thread runs now. Not an argument, since some blocks do not pass these on."""
@@ -70,16 +62,12 @@ class Stretch:
 class RaggedSpan:
     """Packed passes through a loaded span. For the thread that runs the span's other steps.
 
-    Args:
-        turns: multiply by turned matrices in passes that sessions share; see `turning_pays`.
-
     Raises:
         ModelError: the architecture cannot be packed; the message says why.
     """
 
-    def __init__(self, model: SpanModel, *, turns: bool = False) -> None:
+    def __init__(self, model: SpanModel) -> None:
         self._model = model
-        self._turns = turns
         self._windows = _windows(model)
         self._configs = _attention_configs(model)
         self._plain = {id(config): config._attn_implementation for config in self._configs}
@@ -107,11 +95,10 @@ class RaggedSpan:
             hidden states after the span, [1, q, H] each.
         """
         model, (span,) = self._model, {stretch.cache.span for stretch in stretches}
-        hidden = torch.cat([stretch.hidden.to(model.device) for stretch in stretches], dim=-2)
+        parts = [stretch.hidden.to(model.device) for stretch in stretches]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
         positions = torch.cat([torch.arange(s.start, s.start + s.tokens, device=model.device) for s in stretches])
-        # Alone, a session gets the very bits of a single step.
-        turned = self._turns and len(stretches) > 1 and hidden.shape[-2] <= TURNED_ROWS
-        with torch.inference_mode(), self._packed(stretches), _Turned() if turned else contextlib.nullcontext():
+        with torch.inference_mode(), self._packed(stretches), rows.shared(len(stretches) > 1):
             output = model.run_decoder(span, hidden, {"position_ids": positions[None]}, use_cache=False)
         return list(torch.split(output, [stretch.tokens for stretch in stretches], dim=-2))
 
@@ -137,48 +124,6 @@ class RaggedSpan:
             for config in self._configs:
                 config._attn_implementation_internal = self._plain[id(config)]
             del _pass.packing
-
-
-class _Turned(TorchFunctionMode):
-    """Within it x W^T is computed as (W x^T)^T: the same sums, rounded in another order."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.linear:
-            return turned(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def turned(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear`, computed as (W x^T)^T."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = torch.mm(weight, rows.t()).t().contiguous().view(*x.shape[:-1], weight.shape[0])
-    return product if bias is None else product + bias
-
-
-def turning_pays(model: SpanModel) -> bool:
-    """Are matrices multiplied faster turned, for the few rows of a pass of decode steps? Tried on one of the span's."""
-    layers = (module for block in model.blocks.values() for module in block.modules() if type(module) is nn.Linear)
-    layer = next(layers, None)
-    return layer is not None and turns_faster(layer.weight)
-
-
-def turns_faster(weight: Tensor) -> bool:
-    """Is `turned` faster with these weights, [out, in], for a few rows? Measured here and now.
-
-    In float32 on a CPU torch's kernels for [n, in] x [in, out] with n of 2 to 32 took 1.5 to 2.8 times as long as those
-    for [out, in] x [in, n] (2.13, MKL, AVX2).
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return False
-    x = torch.ones(TRIED_ROWS, weight.shape[1])
-    with torch.inference_mode():
-        plain_s, turned_s = (
-            min(timeit.repeat(partial(multiply, x, weight), number=1, repeat=TRIES))
-            for multiply in (functional.linear, turned)
-        )
-    return turned_s < plain_s
 
 
 def _windows(model: SpanModel) -> dict[int, int | None]:

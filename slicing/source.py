@@ -65,6 +65,15 @@ def resolve(name: str, *, revision: str | None = None) -> ModelSource:
     Raises:
         UnknownModel: there is none, its hub cannot be reached, or access to it was not granted.
     """
+    return find_here(name) or ModelSource(name, name, hub.commit_of(name, revision))
+
+
+def find_here(name: str) -> ModelSource | None:
+    """What `resolve` finds without asking the hub: an embedded model or a folder. None: only the hub can say.
+
+    Raises:
+        UnknownModel: the name is none that the hub could know either, or the folder holds no model.
+    """
     if name in EMBEDDED_NAMES:
         folder = EMBEDDED / name
         if not (folder / "config.json").is_file():
@@ -80,4 +89,4 @@ def resolve(name: str, *, revision: str | None = None) -> ModelSource:
             f"there is no folder {name!r}, and it is no hub id either; name a folder with a config.json, "
             f"a hub id such as org/model, or {EMBEDDED_NAMES[0]}"
         )
-    return ModelSource(name, name, hub.commit_of(name, revision))
+    return None

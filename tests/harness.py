@@ -21,6 +21,9 @@ from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
 from tensor_codecs import names
 
+STOP_GRACE_S = 0.05
+"""At a test's end nothing is under way that anybody waits for, and streams between hosts would cost a second each."""
+
 _identities: list[Identity] = []
 _hosts: dict[str, SpanHost] = {}  # that are open, by peer id
 
@@ -44,7 +47,13 @@ async def open_host(
 ) -> AsyncIterator[SpanHost]:
     """One peer's serving half on loopback."""
     model = load_span(resolve(str(folder)), span, dtype=dtype)
-    options: dict[str, object] = {"host": "127.0.0.1", "kv_tokens": 4096, "lan": False} | settings
+    options: dict[str, object] = {
+        "host": "127.0.0.1",
+        "kv_tokens": 4096,
+        "lan": False,
+        "stop_grace_s": STOP_GRACE_S,
+        **settings,
+    }
     config = PeerConfig(**options)  # type: ignore[arg-type]
     async with SpanHost.open(model, served(folder), identity(index), config, find_host) as host:
         host.state = "online"

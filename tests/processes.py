@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from client.swarm import Swarm
+from tests.forks import Forked
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,8 @@ running: list[Process] = []
 """Those not ended yet, for reports of failed tests."""
 
 _numbers = itertools.count()
+_forked: dict[Path, set[int]] = {}
+"""The ids of processes that were forked, by home: what /proc shows of their environment is another's."""
 
 
 def until(holds: Callable[[], Result], what: str, timeout_s: float = START_S) -> Result:
@@ -84,25 +87,35 @@ class Process:
 
     Args:
         arguments: `"peer", "serve", "--blocks", "0:3"`.
-        stdin: a file descriptor to read from; `subprocess.PIPE` to `write`; None: nothing.
+        has_input: can `write` to its standard input; else there is nothing to read.
+        anew: is it a fresh interpreter? Else it is forked, which is faster: see `tests.forks`.
     """
 
-    def __init__(self, home: Path, *arguments: str, stdin: int | None = None) -> None:
+    def __init__(self, home: Path, *arguments: str, has_input: bool = False, anew: bool = False) -> None:
         self.name = " ".join(arguments)
+        self._home = home
         logs = home / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         stem = f"{next(_numbers):03}-{arguments[0]}"
         self._stdout, self._stderr = logs / f"{stem}.out", logs / f"{stem}.err"
-        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                stdin=subprocess.DEVNULL if stdin is None else stdin,
-                stdout=stdout,
-                stderr=stderr,
-                env=environment(home),
-                cwd=home,  # and not the checkout: an installed Potluck needs none
-                start_new_session=True,  # the tester's Ctrl-C is the test's to handle; see `press_ctrl_c`
-            )
+        self._popen: subprocess.Popen[bytes] | Forked
+        # The directory is not the checkout: an installed Potluck needs none.
+        if anew:
+            with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-m", *arguments],
+                    stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=environment(home),
+                    cwd=home,
+                    start_new_session=True,  # the tester's Ctrl-C is the test's to handle; see `press_ctrl_c`
+                )
+        else:
+            self._stdout.touch()
+            self._stderr.touch()
+            self._popen = Forked(arguments, self._stdout, self._stderr, environment(home), home, has_input=has_input)
+            _forked.setdefault(home, set()).add(self._popen.pid)
         self.pid = self._popen.pid
         running.append(self)
 
@@ -185,6 +198,7 @@ class Process:
                 self._popen.stdin.close()
         if self in running:
             running.remove(self)
+        _forked.get(self._home, set()).discard(self.pid)
 
 
 class PeerProcess(Process):
@@ -200,8 +214,8 @@ class PeerProcess(Process):
     address: str
     maddr: str
 
-    def __init__(self, home: Path, *options: str) -> None:
-        super().__init__(home, "peer", "serve", *LOOPBACK, *options)
+    def __init__(self, home: Path, *options: str, anew: bool = False) -> None:
+        super().__init__(home, "peer", "serve", *LOOPBACK, *options, anew=anew)
 
     def ready(self, timeout_s: float = START_S) -> PeerProcess:
         self.maddr = self.says(r"^join (/\S+)$", timeout_s)[1]
@@ -219,9 +233,9 @@ class Ended:
     stderr: str
 
 
-def run(home: Path, *arguments: str, stdin: str | None = None, timeout_s: float = START_S) -> Ended:
-    """Runs a command to its end."""
-    with Process(home, *arguments, stdin=None if stdin is None else subprocess.PIPE) as process:
+def run(home: Path, *arguments: str, stdin: str | None = None, anew: bool = False, timeout_s: float = START_S) -> Ended:
+    """Runs a command to its end. `anew`: see `Process`."""
+    with Process(home, *arguments, has_input=stdin is not None, anew=anew) as process:
         if stdin is not None:
             process.write(stdin)
             process.end_input()
@@ -232,15 +246,18 @@ def run(home: Path, *arguments: str, stdin: str | None = None, timeout_s: float 
 class LocalSwarm:
     """Peers of one model on this machine. Made by `swarm`."""
 
-    def __init__(self, home: Path, options: Sequence[str]) -> None:
+    def __init__(self, home: Path, options: Sequence[str], *, anew: bool = False) -> None:
         self.home = home
         self.peers: list[PeerProcess] = []
         self._options = tuple(options)
+        self._anew = anew
 
-    def start(self, blocks: str, *options: str) -> PeerProcess:
-        """Another peer, which joins through the living ones. Does not wait for it."""
+    def start(self, blocks: str, *options: str, anew: bool | None = None) -> PeerProcess:
+        """Another peer, which joins through the living ones. Does not wait. `anew`: None: as the whole swarm."""
         join = [option for peer in self.living for option in ("--join", peer.maddr)]
-        peer = PeerProcess(self.home, "--blocks", blocks, *self._options, *options, *join)
+        peer = PeerProcess(
+            self.home, "--blocks", blocks, *self._options, *options, *join, anew=self._anew if anew is None else anew
+        )
         self.peers.append(peer)
         return peer
 
@@ -265,14 +282,17 @@ class LocalSwarm:
 
 
 @contextlib.contextmanager
-def swarm(home: Path, model: Path | None, spans: Sequence[str], *options: str) -> Iterator[LocalSwarm]:
+def swarm(
+    home: Path, model: Path | None, spans: Sequence[str], *options: str, anew: bool = False
+) -> Iterator[LocalSwarm]:
     """A swarm of one peer per span, all of them serving. On exit it is gone, whatever happened.
 
     Args:
         model: None: not named, so that it is the embedded one.
         options: of every peer.
+        anew: see `Process`.
     """
-    local = LocalSwarm(home, options if model is None else ("--model", str(model), *options))
+    local = LocalSwarm(home, options if model is None else ("--model", str(model), *options), anew=anew)
     with nothing_left_over(home):
         try:
             local.start(spans[0]).ready()
@@ -315,10 +335,12 @@ def nothing_left_over(home: Path) -> Iterator[None]:
 
 def processes_of(home: Path) -> list[psutil.Process]:
     """The living processes that have this `POTLUCK_HOME`, but for the test's own."""
+    forked = _forked.get(home, set())
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get("POTLUCK_HOME") == str(home):
+            is_ours = process.pid in forked or process.environ().get("POTLUCK_HOME") == str(home)
+            if is_ours and process.pid != os.getpid():
                 found.append(process)
     return found
 

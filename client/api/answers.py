@@ -29,7 +29,9 @@ from client.api.prompts import Ids, Prompts
 from client.api.sampling import Sampling, choosers, processors
 from client.api.stops import Stops
 from client.model import GenerationSession, SwarmModel
+from client.report import emit
 from client.session import Session
+from client.trace import trace_of
 from protocol.errors import PeerLost, PotluckError
 
 logger = logging.getLogger(__name__)
@@ -325,9 +327,12 @@ class Answers:
                 if answer.is_cancelled:
                     return
                 follower = Follower(answer, self._prompts)
-                self._run(order, follower)
-                if (steps := answer.steps) is not None:
-                    answer.reroutes = steps.stats.reroutes
+                try:
+                    self._run(order, follower)
+                finally:
+                    if (steps := answer.steps) is not None:
+                        answer.reroutes = steps.stats.reroutes
+                        emit(trace_of(steps))
                 follower.end()
         except concurrent.futures.CancelledError:
             if not answer.is_cancelled:

@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 
+from client.api import page
 from client.api.chat import chat
 from client.api.completions import complete
 from client.api.errors import body_of, from_validation, headers_of, http_error, internal_error, status_of
@@ -44,9 +45,9 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(KeyGuard, keys=gateway.config.api_key)
     app.add_middleware(Stopwatch, metrics=gateway.metrics)
     _add_errors(app)
-    _add_page(app)
     _add_models(app, gateway)
     _add_watching(app, gateway)
+    app.router.routes.extend(page.routes())
 
     @app.post("/v1/chat/completions", tags=["answers"])
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
@@ -61,12 +62,6 @@ def create_app(gateway: Gateway) -> FastAPI:
         return await respond(gateway, request, body)
 
     return app
-
-
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return RedirectResponse("docs")
 
 
 def _add_models(app: FastAPI, gateway: Gateway) -> None:

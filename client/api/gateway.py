@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from client.api.answers import Answer, Answers
 from client.api.config import ApiConfig
@@ -19,6 +19,7 @@ from client.api.schemas import Common
 from client.model import SwarmModel
 from client.session import Session
 from client.text import load_tokenizer
+from client.trace import trace_of
 from protocol.errors import SwarmNotFound
 from slicing import ModelSource
 
@@ -26,21 +27,9 @@ LOOK_S = 1.0  # between two looks at a swarm that is not whole
 TRACE_S = 0.25  # between two traces in a stream
 
 
-class Trace(Protocol):
-    """What became of a session so far."""
-
-    def as_json(self) -> dict[str, Any]: ...
-
-
-TraceOf = Callable[[Session], Trace]
-
-
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One model behind the HTTP interface. `name`: of the model, in answers.
-
-    `trace_of`: tells of a session's chain, for requests that ask for it; None: nothing does.
-    """
+    """One model behind the HTTP interface. `name`: of the model, in answers."""
 
     model: SwarmModel
     name: str
@@ -50,7 +39,6 @@ class Gateway:
     config: ApiConfig
     metrics: Metrics
     created: int
-    trace_of: TraceOf | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -61,14 +49,12 @@ class Gateway:
         """Can this gateway do what all kinds of requests may ask? One that names no model means this one.
 
         Raises:
-            BadRequest: it means another model, bans tokens that there are none of, or wants a trace from who has none.
+            BadRequest: it means another model, or has a bias for tokens that there are none of.
         """
         if request.model is not None:
             self.check_model(request.model)
         if request.logit_bias:
             self.prompts.of_ids(tuple(request.logit_bias), param="logit_bias")
-        if request.potluck.trace and self.trace_of is None:
-            raise BadRequest("this server does not trace", param="potluck.trace")
 
     def check_model(self, wanted: str) -> None:
         """Is this model meant?
@@ -86,9 +72,7 @@ class Gateway:
 
     def tracer(self, request: Common, answers: Sequence[Answer]) -> Tracer | None:
         """Traces for the request's stream, if it asks for them."""
-        if not request.potluck.trace or self.trace_of is None:
-            return None
-        return Tracer(self.trace_of, answers[0])
+        return Tracer(answers[0]) if request.potluck.trace else None
 
     async def missing(self) -> list[str]:
         """The blocks that no peer serves; all of them, if the swarm does not know the model.
@@ -112,8 +96,7 @@ class Tracer:
 
     every_s = TRACE_S
 
-    def __init__(self, trace_of: TraceOf, answer: Answer) -> None:
-        self._trace_of = trace_of
+    def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._session: Session | None = None
         self._said: dict[str, Any] | None = None
@@ -128,14 +111,14 @@ class Tracer:
         if self._session is None:
             return None
         self._at_s = now_s
-        trace = self._trace_of(self._session).as_json()
+        trace = trace_of(self._session).as_json() | {"tokens": self._answer.tokens}
         if trace == self._said and not last:
             return None
         self._said = trace
         return trace
 
 
-def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None = None) -> Gateway:
+def open_gateway(model: SwarmModel, config: ApiConfig) -> Gateway:
     """A gateway to a joined model. Its threads end with `answers.close()`.
 
     Raises:
@@ -150,7 +133,7 @@ def open_gateway(model: SwarmModel, config: ApiConfig, trace_of: TraceOf | None 
     name = _shown_name(model.source)
     metrics.watch(answers, model, name)
     grammars, now = Grammars(prompts), int(time.time())
-    return Gateway(model, name, prompts, grammars, answers, config, metrics, now, trace_of)
+    return Gateway(model, name, prompts, grammars, answers, config, metrics, now)
 
 
 def _shown_name(source: ModelSource) -> str:

@@ -11,10 +11,12 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from client.api import page
 from client.api.errors import BadRequest, body_of
 from client.api.metrics import Metrics
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/health"})  # the page is the same for all; what it asks for needs the key
+OPEN_FOLDERS = (f"{page.MOUNT}/",)
 CLOSED_STATUS = 499  # nginx's number for a reader that went away
 
 
@@ -26,7 +28,7 @@ class KeyGuard:
         self._keys = tuple(key.encode() for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self._keys and not _is_open(scope["path"]):
             headers = Headers(scope=scope)
             given = _key_in(headers.get("authorization", ""))
             if given is None or not self._knows(given):
@@ -37,6 +39,10 @@ class KeyGuard:
     def _knows(self, given: bytes) -> bool:
         """Takes the same time whatever is given, and whichever key it is."""
         return sum(hmac.compare_digest(given, key) for key in self._keys) > 0
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 def _key_in(authorization: str) -> bytes | None:

@@ -83,7 +83,7 @@ class Local:
     @contextmanager
     def another(self, **settings: Any) -> Iterator[Local]:
         """The same model behind a second gateway with these settings."""
-        gateway = open_gateway(self.gateway.model, ApiConfig(**({"port": 0} | settings)), self.gateway.trace_of)
+        gateway = open_gateway(self.gateway.model, ApiConfig(**({"port": 0} | settings)))
         running = Local(self.loop, self.hosts, self.reader, gateway)
         with _server(gateway) as running.url:
             try:

@@ -150,12 +150,13 @@ def test_keys_are_wanted_everywhere_but_for_health(served: Local) -> None:
     with served.another(api_key=("first", "second")) as guarded:
         http = guarded.http()
         assert http.get("/health").status_code == 200
-        for path in ("/", "/metrics", "/v1/models", "/docs", "/nowhere"):
+        assert http.get("/").status_code == 200, "the page; all that it asks for wants the key"
+        for path in ("/metrics", "/v1/models", "/docs", "/nowhere"):
             assert http.get(path).status_code == 401, path
         reply = http.get("/v1/models", headers={"Authorization": "Bearer third"})
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"].startswith("Bearer")
-        assert http.get("/", headers={"Accept": "text/html"}).headers["www-authenticate"].startswith("Basic")
+        assert http.get("/docs", headers={"Accept": "text/html"}).headers["www-authenticate"].startswith("Basic")
         assert http.get("/v1/models", auth=("anyone", "second")).status_code == 200
         for key in ("first", "second"):
             assert guarded.openai(api_key=key).models.list().data

@@ -17,7 +17,6 @@ import random
 import secrets
 import signal
 import statistics
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,7 +184,9 @@ def clients(home: Path, join: Sequence[str]) -> Iterator[list[Client]]:
     with contextlib.ExitStack() as stack:
         yield [
             Client(
-                stack.enter_context(Process(home, "tests.chaos.soak_client", str(file), *join, stdin=subprocess.PIPE))
+                stack.enter_context(
+                    Process(home, "tests.chaos.soak_client", str(file), *join, has_input=True, anew=True)
+                )
             )
             for _ in range(CLIENTS)
         ]
@@ -197,7 +198,7 @@ def test_peers_come_and_go_under_four_clients(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     with (
         at_home(tmp_path),
-        swarm(tmp_path, None, THIRDS) as peers,
+        swarm(tmp_path, None, THIRDS, anew=True) as peers,
         Swarm.connect(ClientConfig(join=peers.join)) as onlooker,
         clients(tmp_path, peers.join) as asking,
     ):

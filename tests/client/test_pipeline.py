@@ -103,13 +103,14 @@ async def test_all_peers_work_at_once(checkpoint: Path, n_hops: int, count: int)
         await run(session, steps[:1])  # the chain is open
         for host in hosts:
             slowly(host, lambda tokens: chunk_s)
-        took_s = []
-        for _ in range(3):  # the best one counts: other programs run, too
+        one_device_s = n_hops * count * chunk_s
+        allowed_s = 1.15 * (n_hops + count - 1) / (n_hops * count) * one_device_s
+        took_s: list[float] = []
+        while len(took_s) < 3 and (not took_s or min(took_s) > allowed_s):  # other programs run, too: the best counts
             started_s = time.perf_counter()
             await through(session, steps[1:], 2, CacheOp("crop", (2,)))
             took_s.append(time.perf_counter() - started_s)
-    one_device_s = n_hops * count * chunk_s
-    assert min(took_s) <= 1.15 * (n_hops + count - 1) / (n_hops * count) * one_device_s
+    assert min(took_s) <= allowed_s
 
 
 async def test_no_more_steps_are_on_their_way_than_may_be(

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +20,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.processes import LOOPBACK, Ended, LocalSwarm, Process, nothing_left_over, run, swarm, until
+from tests.processes import (
+    LOOPBACK,
+    START_S,
+    Ended,
+    LocalSwarm,
+    PeerProcess,
+    Process,
+    environment,
+    nothing_left_over,
+    run,
+    swarm,
+    until,
+)
 from tests.slicing.architectures import N_BLOCKS
 
 CODE_AFTER_SECOND_SIGNAL = 128 + signal.SIGTERM
@@ -42,9 +55,9 @@ class Terminals:
 @pytest.fixture(scope="module", name="terminals")
 def _terminals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminals]:
     home = tmp_path_factory.mktemp("home")
-    with swarm(home, None, ["10:20"]) as peers:
+    with swarm(home, None, ["10:20"], anew=True) as peers:
         status = run(home, "client", "status", "--json")
-        for peer in [peers.start("0:10"), peers.start("20:24")]:
+        for peer in [peers.start("0:10", anew=False), peers.start("20:24", anew=False)]:
             peer.ready()
         yield Terminals(peers, status)
 
@@ -80,10 +93,18 @@ def test_status_for_people(terminals: Terminals) -> None:
     assert all(blocks in ended.stdout for blocks in ("0:10", "10:20", "20:24"))
 
 
-def test_generate_finds_the_swarm_and_answers_rightly(terminals: Terminals) -> None:
-    ended = terminals.run("client", "generate", "What is the capital of France?", "--stats")
+def test_generate_finds_the_swarm_and_answers_rightly(terminals: Terminals, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    options = ("--stats", "--trace", "--trace-file", str(file))
+    ended = terminals.run("client", "generate", "What is the capital of France?", *options)
     assert (ended.code, ended.stdout) == (0, "Paris\n"), ended.stderr
-    assert all(peer.peer_id[-8:] in ended.stderr for peer in terminals.swarm.peers), "--stats names the chain"
+    *table, stats = ended.stderr.splitlines()
+    assert all(peer.peer_id[-8:] in stats for peer in terminals.swarm.peers), "--stats names the chain"
+    assert [row.split()[1] for row in table[2:]] == ["0:10", "10:20", "20:24"], "--trace shows it"
+    (trace,) = map(json.loads, file.read_text().splitlines())
+    assert [hop["peer_id"] for hop in trace["hops"]] == [peer.peer_id for peer in terminals.swarm.peers]
+    spent_ms = sum(hop["queue_ms"] + hop["compute_ms"] + hop["network_ms"] for hop in trace["hops"])
+    assert 0 < spent_ms <= 1e3 * trace["total_s"]
 
 
 def test_generate_reads_the_question_from_stdin(terminals: Terminals) -> None:
@@ -112,7 +133,7 @@ class Talker:
     def chat(self) -> Process:
         return Process(
             self.swarm.home, "client", "chat", "--model", self.model, "--max-new-tokens", "5000",
-            stdin=subprocess.PIPE,
+            has_input=True,
         )  # fmt: skip
 
     def status(self) -> set[str]:
@@ -191,7 +212,7 @@ def test_a_second_signal_ends_it_at_once(talker: Talker) -> None:
 
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
-    with nothing_left_over(tmp_path), Process(tmp_path, "peer", "serve", *LOOPBACK, "--blocks", "0:24") as peer:
+    with nothing_left_over(tmp_path), PeerProcess(tmp_path, "--blocks", "0:24") as peer:
         peer.says("started a new swarm", on_stderr=True)
         peer.press_ctrl_c()
         assert peer.wait() == 0
@@ -219,7 +240,24 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no swarm to ask": (("client", "generate", "Hello"), "no swarm was found"),
     "nothing to ask": (("client", "generate", ""), "empty"),
     "unknown codec": (("client", "generate", "--codec", "zip", "Hello"), "zip"),
+    "nobody to trust": (("client", "generate", "--trusted-only", "Who?"), "name those you trust with --trust PEER"),
+    "unknown quantisation": ((*SERVE, "--quantization", "int3"), "int8"),
 }
+SLOW = {"blocks beyond the model", "no such model on the hub"}
+"""All others are told before anything is imported that takes seconds."""
+HEAVY = {"torch", "transformers", "hivemind", "huggingface_hub"}
+
+
+def run_quickly(home: Path, *arguments: str) -> Ended:
+    """As `run`, and nothing heavy is imported."""
+    command = [sys.executable, "-X", "importtime", "-m", *arguments]
+    done = subprocess.run(command, env=environment(home), cwd=home, capture_output=True, text=True, timeout=START_S)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "protocol.errors" in imported, done.stderr
+    assert not imported & HEAVY
+    said = [line for line in lines if not line.startswith("import time:")]
+    return Ended(done.returncode, done.stdout, "\n".join(said))
 
 
 def check_mistake(ended: Ended, said: str) -> None:
@@ -242,7 +280,7 @@ def test_a_mistake_is_told_in_one_sentence(mistake: str, tmp_path: Path) -> None
         closed = gone.getsockname()[1]
     with closing(socket.create_server(("127.0.0.1", 0))) as used, nothing_left_over(tmp_path):
         ports = {"used": used.getsockname()[1], "closed": closed}
-        ended = run(tmp_path, *(argument.format(**ports) for argument in arguments))
+        ended = (run if mistake in SLOW else run_quickly)(tmp_path, *(word.format(**ports) for word in arguments))
     check_mistake(ended, said.format(**ports))
 
 
@@ -258,4 +296,4 @@ def test_a_mistake_is_told_in_one_sentence(mistake: str, tmp_path: Path) -> None
 def test_a_wrong_configuration_file(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(text)
     with nothing_left_over(tmp_path):
-        check_mistake(run(tmp_path, *SERVE), said)
+        check_mistake(run_quickly(tmp_path, *SERVE), said)

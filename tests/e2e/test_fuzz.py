@@ -82,7 +82,7 @@ def test_nonsense_on_the_port(
     options = ("--resume-s", "1", "--kv-tokens", "16384", "--message-mib", str(MESSAGE_MIB))
     with (
         at_home(tmp_path),
-        swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options) as peers,
+        swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options, anew=True) as peers,
         SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as model,
     ):
         (peer,) = peers.peers

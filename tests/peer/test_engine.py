@@ -21,6 +21,7 @@ from peer.engine import Engine
 from peer.meter import Meter
 from peer.scheduler import Scheduler
 from peer.session import Delivery, Session, SessionTable
+from peer.tally import Tally
 from peer.worker import Worker
 from protocol.errors import BadMessage, PeerFault, PeerFull, SessionLost
 from protocol.limits import SESSION_ID_BYTES
@@ -95,7 +96,7 @@ async def bench(model: SpanModel, *, kv_tokens: int = 4096, max_batch: int = 64)
         resume_s=60.0,
     )
     compute, meter = ComputeThread(1), Meter(N_BLOCKS)
-    engine = Engine(Worker(model, ragged, table, 512), compute, table, Scheduler(max_batch, 512, 0.5), meter)
+    engine = Engine(Worker(model, ragged, table, 512), compute, table, Scheduler(max_batch, 512, 0.5), meter, Tally())
     try:
         async with background(engine.run(), "engine"):
             yield Bench(model, table, engine, compute)

@@ -34,7 +34,7 @@ from protocol.span import Span
 from slicing import SpanModel, load_span, resolve
 from slicing.checkpoint import read_tensor
 from tests.dht.support import FakeNode
-from tests.harness import find_host, identity, served
+from tests.harness import STOP_GRACE_S, find_host, identity, served
 from tests.slicing.architectures import make_checkpoint
 
 PATIENCE_S = 30.0
@@ -122,7 +122,7 @@ class Host:
 @asynccontextmanager
 async def serving(folder: Path, **settings: Any) -> AsyncIterator[Host]:
     """A peer of the blocks 0:3."""
-    config = PeerConfig(host="127.0.0.1", num_blocks=3, kv_tokens=256, lan=False, **settings)
+    config = PeerConfig(host="127.0.0.1", num_blocks=3, kv_tokens=256, lan=False, stop_grace_s=STOP_GRACE_S, **settings)
     node = FakeNode(DhtConfig(), identity(0))
     loader = SpanLoader.choose(config, resolve(str(folder)), served(folder))
     standing = Standing(identity(0), loader.served, Span(0, 3), config, lambda: ["127.0.0.1"])
@@ -165,6 +165,7 @@ async def test_a_move_is_told_step_by_step_and_keeps_port_and_blocks(folder: Pat
         await peer.until(lambda: peer.told[-1] == "online 2:5")
         assert peer.told == ["joining 0:3", "online 0:3", "online 0:3 -> 2:5", "draining 0:3 -> 2:5", "online 2:5"]
         assert peer.balance.arrivals == 2
+        assert peer.standing.moves == 1
         (line,) = [line for line in peer.said if line.startswith("moved")]
         assert line.startswith("moved from blocks 0:3 to 2:5")
     assert peer.records[-1].state == "offline"

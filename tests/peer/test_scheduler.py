@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.scheduler import GATHERING, CostModel, Costs, Piece, Scheduler, Waiting
+from peer.scheduler import GATHERING, LATE, CostModel, Costs, Piece, Scheduler, Waiting
 from protocol.span import Span
 
 SPAN = Span(0, 4)
@@ -199,10 +199,20 @@ def test_costs_are_never_nothing() -> None:
     assert model.now(None).pass_ms > 0 and model.now(None).token_ms > 0
 
 
-def test_a_pass_waits_a_moment_for_sessions_that_will_come() -> None:
-    one = scheduler()
-    assert one.patience_ms(present=3, decoding=8, costs=COSTS) == pytest.approx(GATHERING * COSTS.pass_ms)
-    assert one.patience_ms(present=8, decoding=8, costs=COSTS) == 0, "all are there"
-    assert one.patience_ms(present=1, decoding=1, costs=COSTS) == 0, "nobody else decodes"
-    assert one.patience_ms(present=0, decoding=8, costs=COSTS) == 0, "what waits is a prompt"
-    assert one.patience_ms(present=MAX_BATCH, decoding=99, costs=COSTS) == 0, "the pass is full"
+def patience_ms(present: int, waited_ms: float, *due_ms: float) -> float:
+    return scheduler().patience_ms(present, waited_ms, due_ms, COSTS)
+
+
+def test_a_pass_waits_for_steps_that_are_due_within_less_than_another_pass() -> None:
+    late_ms, most_ms = LATE * COSTS.pass_ms, GATHERING * COSTS.pass_ms
+    due_ms = 0.3 * COSTS.pass_ms
+    assert patience_ms(1, 0, due_ms, 0.0) == pytest.approx(due_ms + late_ms)
+    assert patience_ms(1, 0, due_ms, 9 * COSTS.pass_ms) == pytest.approx(due_ms + late_ms), "one is elsewhere"
+    assert patience_ms(1, 0, 0.7 * COSTS.pass_ms) == pytest.approx(most_ms)
+    assert patience_ms(1, most_ms - 1, 0.5) == pytest.approx(1)
+    assert patience_ms(1, most_ms, 0.5) == 0, "it has waited long enough"
+    assert patience_ms(1, 0, -late_ms / 2) == pytest.approx(late_ms / 2)
+    assert patience_ms(1, 0, -2 * late_ms) == 0, "who is overdue is not waited for"
+    assert patience_ms(3, 0) == 0, "all are there"
+    assert patience_ms(0, 0, due_ms) == 0, "what waits is a prompt"
+    assert patience_ms(MAX_BATCH, 0, due_ms) == 0, "the pass is full"
