@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how tokenizers show bytes that are no character yet
-MOST_PENDING = 8  # tokens; no character has more, so what is broken then stays broken
+MOST_PENDING = 64  # tokens; no character has as many, so what is broken then stays broken
 
 
 class Detokenizer:
@@ -24,22 +24,25 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skips = not keeps_special
         self._shown: list[int] = []  # tokens whose text was given out: as many as the next ones need beside them
-        self._pending: list[int] = []
+        self._pending: list[int] = []  # those after them, whose text may not be whole
+        self._given = 0  # characters of it that were given out already
 
     def add(self, token: int) -> str:
         """The text that this token makes known: often a word, sometimes nothing."""
         self._pending.append(token)
         text = self._text()
-        if text.endswith(BROKEN) and len(self._pending) < MOST_PENDING:
-            return ""
-        if text:
-            self._shown, self._pending = self._pending, []
-        return text
+        whole = text.rstrip(BROKEN) if len(self._pending) < MOST_PENDING else text
+        new = whole[self._given :]
+        if text and whole == text:
+            self._shown, self._pending, self._given = self._pending, [], 0
+        else:
+            self._given = len(whole)
+        return new
 
     def end(self) -> str:
         """What is left when no more tokens come."""
-        text = self._text() if self._pending else ""
-        self._pending = []
+        text = self._text()[self._given :]
+        self._pending, self._given = [], 0
         return text
 
     def _text(self) -> str:
