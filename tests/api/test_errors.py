@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import openai
@@ -173,7 +174,6 @@ def test_keys_are_wanted_everywhere_but_for_health(served: Local) -> None:
         (["--api-key", ""], "--api-key is empty"),
         (["--api-key", "a\nb"], "printable ASCII"),
         (["--keep-alive-s", "0"], "--keep-alive-s must be positive"),
-        (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen at 192.0.2.1"),
     ],
 )
 def test_wrong_flags_are_told_in_a_sentence(arguments: list[str], said: str) -> None:
@@ -181,6 +181,13 @@ def test_wrong_flags_are_told_in_a_sentence(arguments: list[str], said: str) -> 
     assert result.exit_code == 2
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_port_that_is_taken_is_told_before_the_swarm_is_looked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = CliRunner().invoke(cli, ["api", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "cannot listen at 127.0.0.1" in result.output
 
 
 async def test_a_reader_that_goes_is_noticed() -> None:
