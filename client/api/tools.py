@@ -84,17 +84,19 @@ class ToolText:
     def __init__(self, tools: Collection[Tool]) -> None:
         self._names = frozenset(tool.function.name for tool in tools)
         self._openings = Stops(OPENINGS)
+        self._calls_began = False
         self._shown = ""
         self._rest = ""  # from the beginning of the first call on
 
     def add(self, text: str) -> str:
         """More of the answer. Returns what is certainly text."""
         self._rest += text
-        if self._openings.found is not None or self._is_bare_json():
+        if self._calls_began or self._is_bare_json():
             return ""
         text, self._rest = self._rest, ""
         shown = self._openings.add(text)
         if self._openings.found is not None:
+            self._calls_began = True
             self._rest = self._openings.found + self._openings.rest
         self._shown += shown
         return shown
@@ -108,7 +110,7 @@ class ToolText:
         return held, calls
 
     def _is_bare_json(self) -> bool:
-        return not self._shown and self._rest.lstrip()[:1] in ("{", "") and self._openings.found is None
+        return not self._shown and self._rest.lstrip()[:1] in ("{", "")
 
     def _calls(self, text: str) -> Iterator[Call]:
         for found in _objects(text):
