@@ -10,9 +10,11 @@ import openai
 import pytest
 from click.testing import CliRunner
 
+from client.api.config import ApiConfig
 from client.api.errors import BadRequest, Busy, body_of, headers_of, status_of
+from client.api.server import _listener
 from client.cli import cli
-from protocol.errors import BlocksMissing, ModelError, PeerFull, PotluckError, WireError
+from protocol.errors import BlocksMissing, ConfigError, ModelError, PeerFull, PotluckError, WireError
 from tests.api.local import DEMO, Local
 
 CHAT = "/v1/chat/completions"
@@ -183,11 +185,11 @@ def test_wrong_flags_are_told_in_a_sentence(arguments: list[str], said: str) -> 
     assert "Traceback" not in result.output
 
 
-def test_a_port_that_is_taken_is_told_before_the_swarm_is_looked_for() -> None:
+def test_a_port_that_is_taken_is_a_mistake_of_the_user() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = CliRunner().invoke(cli, ["api", "--port", str(taken.getsockname()[1])])
-    assert result.exit_code == 2
-    assert "cannot listen at 127.0.0.1" in result.output
+        config = ApiConfig(port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1, port {config.port}"):
+            _listener(config)
 
 
 async def test_a_reader_that_goes_is_noticed() -> None:
