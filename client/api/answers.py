@@ -31,7 +31,7 @@ from client.api.stops import Stops
 from client.model import GenerationSession, SwarmModel
 from client.report import emit
 from client.session import Session
-from client.trace import trace_of
+from client.trace import Trace, trace_of
 from protocol.errors import PeerLost, PotluckError
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class Answer:
         self.timing = Timing()
         self.tokens = 0
         self.reroutes = 0
+        self.last_trace: Trace | None = None  # once it has ended
         self.ending: Ending | None = None
         self.future: concurrent.futures.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -158,6 +159,12 @@ class Answer:
         if self._model is None or self._session is None:
             return None
         return self._model.blocks.session_of(self._session.cache)
+
+    @property
+    def trace(self) -> Trace | None:
+        """What became of its steps so far; None before the first one. For any thread."""
+        session = self.steps
+        return self.last_trace if session is None else trace_of(session)
 
     # ------------------------------------------------------------------ called in the thread that generates
 
@@ -330,9 +337,10 @@ class Answers:
                 try:
                     self._run(order, follower)
                 finally:
-                    if (steps := answer.steps) is not None:
-                        answer.reroutes = steps.stats.reroutes
-                        emit(trace_of(steps))
+                    answer.last_trace = trace = answer.trace
+                    if trace is not None:
+                        answer.reroutes = trace.reroutes
+                        emit(trace)
                 follower.end()
         except concurrent.futures.CancelledError:
             if not answer.is_cancelled:

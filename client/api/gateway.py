@@ -17,9 +17,7 @@ from client.api.metrics import Metrics
 from client.api.prompts import Prompts, context_of, ends_of
 from client.api.schemas import Common
 from client.model import SwarmModel
-from client.session import Session
 from client.text import load_tokenizer
-from client.trace import trace_of
 from protocol.errors import SwarmNotFound
 from slicing import ModelSource
 
@@ -98,7 +96,6 @@ class Tracer:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._session: Session | None = None
         self._said: dict[str, Any] | None = None
         self._at_s = 0.0
 
@@ -107,11 +104,11 @@ class Tracer:
         now_s = time.monotonic()
         if now_s - self._at_s < TRACE_S and not last:
             return None
-        self._session = self._session or self._answer.steps
-        if self._session is None:
+        found = self._answer.trace
+        if found is None:
             return None
         self._at_s = now_s
-        trace = trace_of(self._session).as_json() | {"tokens": self._answer.tokens}
+        trace = found.as_json() | {"tokens": self._answer.tokens}
         if trace == self._said and not last:
             return None
         self._said = trace
