@@ -135,8 +135,12 @@ export class Chain {
   #order() {
     const rank = (seat) => [seat.start, seat.dataset.state === "answers" ? 2 : seat.dataset.state === "gap" ? 1 : 0];
     const wanted = [...this.#seats.values()].sort((a, b) => rank(a)[0] - rank(b)[0] || rank(a)[1] - rank(b)[1]);
-    const isOrdered = wanted.length === this.list.children.length && wanted.every((seat, i) => seat === this.list.children[i]);
-    if (!isOrdered) this.list.replaceChildren(...wanted);
+    let next = this.list.firstElementChild; // who stays in place is not touched: it would seem to arrive once more
+    for (const seat of wanted) {
+      if (seat === next) next = next.nextElementSibling;
+      else this.list.insertBefore(seat, next);
+    }
+    for (const ghost of this.list.querySelectorAll(".ghost")) ghost.remove();
   }
 
   #newSeat(hop, total) {
