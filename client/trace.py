@@ -9,6 +9,7 @@ round trips go.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from client.session import Session
 
 MAX_EVENTS = 256  # the last ones are kept
+DETAILS = re.compile(r"; last error: [^()]*|ipv[46]:[^\s;,()]+")  # gRPC's, which name peers' addresses
 
 Place = tuple[str, Span]  # a peer id, and the blocks that it runs
 
@@ -304,9 +306,9 @@ class Recorder:
                 )
 
     def event(self, text: str) -> None:
-        """The chain changed, or waits."""
+        """The chain changed, or waits. Traces travel further than logs, so no peer's address is kept."""
         with self._lock:
-            self._events.append(Event(self._clock() - self._began_s, text))
+            self._events.append(Event(self._clock() - self._began_s, DETAILS.sub("", text)))
 
     def trace(self) -> Trace:
         """What is known now."""

@@ -189,6 +189,16 @@ def test_another_sessions_trace_takes_nothing_away(record: Recorder, clock: Cloc
     assert record.trace().since(other).steps == 3
 
 
+@pytest.mark.parametrize("address", ["ipv4:192.0.2.7:35379", "ipv6:%5B2001:db8::1%5D:50051"])
+def test_no_addresses_in_events(record: Recorder, address: str) -> None:
+    why = f"failed to connect to all addresses; last error: UNKNOWN: {address}: Failed to connect to remote host"
+    record.event(f"peer abcdefgh (0:5) is lost ({why}); looking for others")
+    record.event(f"{address}: Cancelling all calls")
+    first, second = (event.text for event in record.trace().events)
+    assert first == "peer abcdefgh (0:5) is lost (failed to connect to all addresses); looking for others"
+    assert second.strip() == "Cancelling all calls"
+
+
 def test_events_are_bounded(record: Recorder) -> None:
     for number in range(MAX_EVENTS + 5):
         record.event(str(number))
