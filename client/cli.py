@@ -124,8 +124,9 @@ def status(as_json: bool, **options: Any) -> None:
 
     Exit code 0: every block of every model is served; 1: some are missing.
     """
-    from client.status import render, summary
+    from client.status import render
     from client.swarm import Swarm
+    from dht.summary import summary
 
     with Swarm.connect(_config(options)) as swarm:
         found = summary(swarm.view)

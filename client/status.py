@@ -1,56 +1,16 @@
-"""A swarm's state as plain data, and as a table."""
+"""A swarm's state as a table, for people at a terminal."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dht.record import PeerRecord
-from dht.view import SwarmView
-
-
-def summary(view: SwarmView) -> dict[str, Any]:
-    """What `status --json` prints: models with their blocks covered and missing, and their peers. No addresses."""
-    return {
-        "as_of": view.as_of,
-        "models": [
-            {
-                "name": model.name,
-                "fingerprint": model.fingerprint,
-                "n_blocks": model.n_blocks,
-                "missing": [str(span) for span in view.missing(model.fingerprint)],
-                "replicas": list(view.coverage(model.fingerprint)),
-                "peers": [_peer(peer) for peer in view.peers(model.fingerprint)],
-            }
-            for model in view.models
-        ],
-        "dropped_records": dict(view.dropped),
-    }
-
-
-def _peer(peer: PeerRecord) -> dict[str, Any]:
-    return {
-        "peer_id": peer.peer_id,
-        "public_name": peer.public_name,
-        "blocks": str(peer.span),
-        "state": peer.state,
-        "dtype": peer.dtype,
-        "unbatched": peer.unbatched,
-        "quantization": peer.quantization or "none",
-        "step_ms": peer.step_ms,
-        "kv_tokens_left": peer.kv_tokens_left,
-        "kv_tokens_total": peer.kv_tokens_total,
-        "software": peer.software,
-        "up_s": max(0.0, time.time() - peer.started_at),
-    }
-
 
 def render(found: dict[str, Any]) -> None:
-    """The same for people."""
+    """Shows what `dht.summary.summary` gives."""
     console = Console()
     if not found["models"]:
         console.print("This swarm serves no model. Share one with: python -m peer serve")

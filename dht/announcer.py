@@ -61,13 +61,14 @@ def has_changed(before: PeerRecord, after: PeerRecord, load_step: float) -> bool
 
 
 def _facts(record: PeerRecord) -> PeerRecord:
-    """What is news whenever it changes: all but the load, and the round-trip times, which ride along."""
+    """What is news whenever it changes: all but load, round-trip times and what was served, which ride along."""
     return replace(
         record,
         kv_tokens_left=0,
         step_ms=None,
         queue_ms=None,
         tokens_per_s=None,
+        tokens_served=None,
         rtts_ms=(),
         sequence=0,
         expires_at=0.0,

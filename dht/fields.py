@@ -23,6 +23,10 @@ class Fields:
             raise BadRecord("the payload is not a map of names")
         self._values = values
 
+    def __contains__(self, name: str) -> bool:
+        """Is the field there? Asked for those that older software does not write."""
+        return name in self._values
+
     def _get(self, name: str) -> object:
         if name not in self._values:
             raise BadRecord(f"{name} is missing")

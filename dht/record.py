@@ -42,6 +42,7 @@ MAX_CODECS = 16
 MAX_DIGEST_BYTES = 32
 MAX_CERTIFICATE_BYTES = 1024
 MAX_KV_TOKENS = 2**48
+MAX_TOKENS_SERVED = 2**53
 MAX_STEP_MS = 3.6e6
 MAX_TOKENS_PER_S = 1e9
 MAX_TIME_S = 1e11
@@ -71,6 +72,9 @@ class PeerRecord:
         pinned: its user named the blocks, so that it never moves.
         unbatched: it computes sessions one by one, since its model does not batch, or it was told so.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
+        tokens_served: tokens that it has computed for others since it started, through whatever span; None: it does not
+            say.
+        public_name, contact: what its operator wants to be called, and how to be reached: shown on health pages.
         started_at: seconds since 1970.
         sequence: nanosecond of issue, growing.
         expires_at: seconds since 1970.
@@ -94,12 +98,14 @@ class PeerRecord:
     unbatched: bool = False
     kv_tokens_left: int = 0
     kv_tokens_total: int = 0
+    tokens_served: int | None = None
     codecs: tuple[str, ...] = ()
     dtype: str = ""
     quantization: str = ""
     software: str = ""
     wire_version: int = WIRE_VERSION
     public_name: str = ""
+    contact: str = ""
     started_at: float = 0.0
     sequence: int = 0
     expires_at: float = 0.0
@@ -261,12 +267,14 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "unbatched": record.unbatched,
         "kv_left": record.kv_tokens_left,
         "kv_total": record.kv_tokens_total,
+        "tokens_served": record.tokens_served,
         "codecs": list(record.codecs),
         "dtype": record.dtype,
         "quantization": record.quantization,
         "software": record.software,
         "wire": record.wire_version,
         "public_name": record.public_name,
+        "contact": record.contact,
         "started_at": record.started_at,
     }
 
@@ -302,12 +310,14 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         unbatched=fields.flag("unbatched"),
         kv_tokens_left=fields.whole("kv_left", 0, kv_total),
         kv_tokens_total=kv_total,
+        tokens_served=_tokens_served(fields),
         codecs=fields.tokens("codecs", MAX_CODECS, MAX_LABEL_CHARS),
         dtype=fields.token("dtype", MAX_LABEL_CHARS, empty=True),
         quantization=fields.token("quantization", MAX_LABEL_CHARS, empty=True),
         software=fields.token("software", MAX_LABEL_CHARS, empty=True),
         wire_version=fields.whole("wire", 0, MAX_WIRE_VERSION),
         public_name=fields.text("public_name", MAX_NAME_CHARS),
+        contact=fields.text("contact", MAX_NAME_CHARS) if "contact" in fields else "",  # older software has none
         started_at=fields.number("started_at", 0, MAX_TIME_S),
         sequence=sequence,
         expires_at=expires_at,
@@ -333,6 +343,11 @@ def _model_from_payload(payload: bytes, signer: str, sequence: int, expires_at: 
         sequence=sequence,
         expires_at=expires_at,
     )
+
+
+def _tokens_served(fields: Fields) -> int | None:
+    number = fields.number_or_none("tokens_served", 0, MAX_TOKENS_SERVED) if "tokens_served" in fields else None
+    return None if number is None else int(number)
 
 
 def _span_or_none(fields: Fields, name: str, n_blocks: int) -> Span | None:

@@ -96,6 +96,9 @@ class PeerConfig:
         default=None, metadata={"help": "CPU threads to compute with; torch's choice if not given."}
     )
     public_name: str | None = field(default=None, metadata={"help": "A name to be shown on health pages."})
+    contact: str | None = field(
+        default=None, metadata={"help": "How you can be reached, to be shown on health pages; everybody can read it."}
+    )
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
 
     def __post_init__(self) -> None:
@@ -132,6 +135,11 @@ class PeerConfig:
             raise ConfigError(f"--prefill-share must be between 0 and 1, not {self.prefill_share}")
         if self.public_name is not None and not 1 <= len(self.public_name) <= 64:
             raise ConfigError("--public-name has 1 to 64 characters")
+        if self.contact is not None and not 1 <= len(self.contact) <= 100:
+            raise ConfigError("--contact has 1 to 100 characters")
+        for flag, value in (("--public-name", self.public_name), ("--contact", self.contact)):
+            if value is not None and not value.isprintable():
+                raise ConfigError(f"{flag} has characters that cannot be shown: {value!a}")
 
     @property
     def span(self) -> Span | None:

@@ -37,11 +37,13 @@ class Meter:
         n_blocks: blocks of the whole span; steps of chains that use fewer are scaled up.
 
     Attributes:
-        steps: steps noted so far.
+        steps: passes noted so far.
+        tokens: tokens of all rows in them.
     """
 
     def __init__(self, n_blocks: int) -> None:
         self.steps = 0
+        self.tokens = 0
         self.n_blocks = n_blocks
         self._step_ms = _Mean()
         self._token_ms = _Mean()
@@ -71,6 +73,7 @@ class Meter:
             compute_ms: how long it took after that.
         """
         self.steps += 1
+        self.tokens += tokens * rows
         self._last_s = self._last_step_s = now_s
         self._queue_ms.add(queue_ms, NEWEST_SHARE)
         if tokens == 1:

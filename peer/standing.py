@@ -44,6 +44,7 @@ class Standing:
         self._hosts = hosts
         self._announce_port = config.announce_port
         self._port = 0
+        self._served_before = 0  # tokens, by hosts that are closed
         self._template = PeerRecord(
             peer_id=identity.peer_id,
             fingerprint=served.fingerprint,
@@ -57,17 +58,20 @@ class Standing:
             software=SOFTWARE,
             wire_version=WIRE_VERSION,
             public_name=config.public_name or "",
+            contact=config.contact or "",
             started_at=time.time(),
         )
 
     def claim(self, span: Span) -> None:
         """It is about to load `span`, and serves nothing meanwhile."""
-        self.host, self._digests, self.moving_to = None, (), None
+        self.closed()
+        self._digests, self.moving_to = (), None
         self.span = span
         self._set("joining")
 
     def serve(self, host: SpanHost, digests: dict[int, str]) -> None:
         """It serves what `host` serves."""
+        self.closed()
         self.span = host.model.span
         self.host, self._port = host, host.port
         self._digests = tuple(bytes.fromhex(digests[block]) for block in sorted(digests))
@@ -78,6 +82,8 @@ class Standing:
 
     def closed(self) -> None:
         """Nothing is served for a moment, and nobody here refers to what was."""
+        if self.host is not None:
+            self._served_before += self.host.meter.tokens
         self.host = None
 
     def resume(self) -> None:
@@ -108,6 +114,7 @@ class Standing:
             addresses=self._addresses(),
             block_digests=self._digests,
             rtts_ms=self.rtts_ms(),
+            tokens_served=self._served_before,
         )
         if self.host is None:
             return record
@@ -118,6 +125,7 @@ class Standing:
             step_ms=meter.step_ms,
             queue_ms=meter.queue_ms(time.monotonic()),
             tokens_per_s=meter.tokens_per_s,
+            tokens_served=self._served_before + meter.tokens,
             kv_tokens_left=host.sessions.tokens_left,
             kv_tokens_total=host.budget.tokens_total,
         )

@@ -59,6 +59,16 @@ class PotluckGroup(click.Group):
             fail(error)
 
 
+class PotluckCommand(click.Command):
+    """A click command that shows errors likewise: for packages with one verb."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except PotluckError as error:
+            fail(error)
+
+
 def fail(error: PotluckError) -> NoReturn:
     """Prints the error's sentence to stderr and exits. With -v (log level DEBUG) the traceback is logged too."""
     logging.getLogger(__name__).debug("failed", exc_info=error)
@@ -74,7 +84,7 @@ def set_up_logging(verbose: int) -> None:
         stream=sys.stderr,
     )
     if verbose:
-        for name in ("peer", "client", "dht", "slicing", "protocol", "demo"):
+        for name in ("peer", "client", "dashboard", "dht", "slicing", "protocol", "demo"):
             logging.getLogger(name).setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
 
 

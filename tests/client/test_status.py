@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from client.status import render, summary
+from client.status import render
 from dht.record import ModelRecord
+from dht.summary import summary
 from dht.view import SwarmView
 from protocol.span import Span
 from tests.client.test_chain import BLANK

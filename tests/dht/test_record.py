@@ -72,12 +72,22 @@ def test_what_is_written_is_read(
         kv_tokens_left=tokens,
         kv_tokens_total=2 * tokens,
         public_name=name,
+        contact=name,
+        tokens_served=None if number is None else tokens,
         queue_ms=number,
         moving_to=None if number is None else Span(0, blocks[0]),
         pinned=number is None,
         unbatched=number is None,
     )
     assert read(record.encode(identity(0))) == record
+
+
+def test_a_record_of_older_software_is_read() -> None:
+    """It has neither a contact nor what was served."""
+    values = payload_of(peer(contact="zoe@example.org", tokens_served=7).encode(identity(0)))
+    del values["contact"], values["tokens_served"]
+    found = read(sealed(values))
+    assert (found.contact, found.tokens_served) == ("", None)
 
 
 def test_a_large_honest_record_fits() -> None:
@@ -135,6 +145,11 @@ def test_a_peer_signs_for_itself_only() -> None:
         peer(kv_tokens_left=5000),
         peer(kv_tokens_total=2**60, kv_tokens_left=0),
         peer(public_name="x" * 1000),
+        peer(contact="x" * 1000),
+        peer(contact="\N{RIGHT-TO-LEFT OVERRIDE}gro.elpmaxe@eoz"),
+        peer(tokens_served=-1),
+        peer(tokens_served=2**60),
+        peer(tokens_served="many"),  # type: ignore[arg-type]
         peer(public_name="\x1b[31mred"),
         peer(public_name="two\nlines"),
         peer(codecs=("a b",)),
