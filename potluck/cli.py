@@ -24,6 +24,7 @@ VERBS = {
     "chat": Verb("client.cli", "chat", "Talk with the swarm's model."),
     "generate": Verb("client.cli", "generate", "Answer one prompt."),
     "status": Verb("client.cli", "status", "Show models, missing blocks and peers."),
+    "dashboard": Verb("dashboard.cli", "serve", "Show a swarm's health as a web page."),
     "bootstrap": Verb("dht.cli", "bootstrap", "Run a node for others to join through."),
     "demo": Verb("demo.cli", "cli", "Watch a swarm on this machine lose a peer and go on."),
 }

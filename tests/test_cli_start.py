@@ -27,7 +27,7 @@ def heavy_after(code: str) -> tuple[list[str], str]:
     return json.loads(last), "\n".join(before)
 
 
-@pytest.mark.parametrize("module", ["potluck.cli", "peer.cli", "client.cli", "dht.cli", "demo.cli"])
+@pytest.mark.parametrize("module", ["potluck.cli", "peer.cli", "client.cli", "dashboard.cli", "dht.cli", "demo.cli"])
 def test_command_lines_import_nothing_heavy(module: str) -> None:
     assert heavy_after(f"import {module}") == ([], "")
 
@@ -60,7 +60,7 @@ def test_no_verb_is_left_out() -> None:
         if isinstance(group, click.Group)
         for command in group.commands
     }
-    assert verbs | {"demo"} == set(VERBS)
+    assert verbs | {"demo", "dashboard"} == set(VERBS)
 
 
 def test_an_unknown_verb_is_refused() -> None:
