@@ -14,7 +14,7 @@ from protocol.span import Span
 
 MODEL = "f" * 32
 NOW = 1_800_000_000.0
-HOSTILE = '<img src=x onerror=alert(1)>"\'`{{7*7}} & 203.0.113.5 fe80::1'
+HOSTILE = "<img src=x onerror=alert(1)>\"'`{{7*7}} & 203.0.113.5 fe80::1"
 
 
 def peer(name: str, span: str, *, n_blocks: int = 24, **values: Any) -> PeerRecord:

@@ -129,7 +129,15 @@ def test_no_address_is_told_that_is_a_number() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["203.0.113.5", "at 203.0.113.5:80", "fe80::1", "[2001:db8::2]:443", "2001:db8:0:0:1:2:3:4", "::1", "::ffff:1.2.3.4"],
+    [
+        "203.0.113.5",
+        "at 203.0.113.5:80",
+        "fe80::1",
+        "[2001:db8::2]:443",
+        "2001:db8:0:0:1:2:3:4",
+        "::1",
+        "::ffff:1.2.3.4",
+    ],
 )
 def test_addresses_are_made_unreadable(text: str) -> None:
     assert re.fullmatch(r"(at )?\[?\(address\)\]?(:\d+)?", without_addresses(text))
@@ -142,7 +150,12 @@ def test_what_is_no_address_stays(text: str) -> None:
 
 def test_words() -> None:
     assert (count(1, "peer"), count(2, "peer"), count(40, "peer")) == ("one peer", "two peers", "40 peers")
-    assert (duration(5), duration(600), duration(7200), duration(3e5)) == ("less than a minute", "10 min", "2 h", "3 days")
+    assert (duration(5), duration(600), duration(7200), duration(3e5)) == (
+        "less than a minute",
+        "10 min",
+        "2 h",
+        "3 days",
+    )
     assert (number(0), number(0.423), number(41.4), number(12345)) == ("0", "0.42", "41", "12\u202f345")
     assert (milliseconds(None), milliseconds(0.42), milliseconds(12.3), milliseconds(1500)) == (
         "?", "0.4 ms", "12 ms", "1.5 s",

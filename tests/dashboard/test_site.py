@@ -212,5 +212,3 @@ def test_glyphs_are_printed(swarm: World, browser: Browser) -> None:
     style = "getComputedStyle(document.querySelector('.grid tbody i.serving'))"
     assert browser.evaluate(f"{style}.color") == "rgb(0, 0, 0)"
     assert browser.evaluate(f"{style}.backgroundColor") == "rgba(0, 0, 0, 0)"
-
-
