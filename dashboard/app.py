@@ -22,7 +22,7 @@ from dashboard.config import DashboardConfig
 from dashboard.headers import SecurityHeaders
 from dashboard.history import DAY_S, History, columns, thinned
 from dashboard.metrics import Seen, registry
-from dashboard.page import Page, join_command, page
+from dashboard.page import join_command, page
 from dashboard.watch import Watch
 
 HERE = Path(__file__).parent
@@ -82,8 +82,10 @@ class Site:
         now = time.time()
         made_of = (self._watch.number, int(now) // 60)
         if made_of != self._live_of:
-            shown: Page = page(self._watch.health, self._watch.recent, now)
-            command = join_command(self._watch.health, self._config.shown_join)
+            health = self._watch.health
+            is_stale = 0 < health.as_of < now - self._config.stale_after_s
+            shown = page(health, self._watch.recent, now, is_stale=is_stale)
+            command = join_command(health, self._config.shown_join)
             self._live = self._templates.get_template("live.html").render(
                 page=shown, command=command, knows_address=self._config.shown_join is not None
             )

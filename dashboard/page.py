@@ -148,14 +148,14 @@ class Page:
     events: tuple[Happened, ...]
 
 
-def page(health: Health, events: Iterable[Event], now: float) -> Page:
-    """The page, from the latest health and the latest events (newest first)."""
+def page(health: Health, events: Iterable[Event], now: float, *, is_stale: bool = False) -> Page:
+    """The page, from the latest health and the latest events (newest first). `is_stale`: that health is an old one."""
     models = tuple(_model(model, now) for model in health.models)
     tones = {model.tone for model in models}
     tone: Tone = next((tone for tone in ("bad", "thin", "good") if tone in tones), "idle")
     return Page(
-        tone=tone,
-        sentence=_overview(health, models),
+        tone="bad" if is_stale else tone,
+        sentence=_stale(health, now) if is_stale else _overview(health, models),
         as_of=words.clock(health.as_of) if health.as_of else "",
         models=models,
         reachability=reachability(health.peers),
@@ -185,6 +185,10 @@ def sentence(model: ModelHealth) -> str:
 
 def _touches(peer: PeerHealth, spans: Sequence[Span]) -> bool:
     return any(peer.record.span.overlap(span) for span in spans)
+
+
+def _stale(health: Health, now: float) -> str:
+    return f"This page has not seen the swarm for {words.duration(now - health.as_of)}."
 
 
 def _overview(health: Health, models: Sequence[ModelPart]) -> str:
@@ -223,18 +227,19 @@ def _model(model: ModelHealth, now: float) -> ModelPart:
 
 def _facts(model: ModelHealth, for_s: str) -> Iterable[Fact]:
     yield Fact("State", "whole" if model.is_complete else "incomplete", f"for {for_s}")
-    if model.tokens_per_s is not None:
+    if model.missing:
+        yield Fact("Throughput", "none", "no whole chain")
+    elif model.tokens_per_s is not None:
         free = model.free_tokens_per_s or 0.0
         yield Fact("Throughput", f"{words.number(model.tokens_per_s)} tokens/s", f"{words.number(free)} of them free")
     else:
         yield Fact("Throughput", "?", "not measured by all peers")
-    chain = "no whole chain" if model.token_ms is None else "expected, fastest chain"
-    yield Fact("Latency", words.milliseconds(model.token_ms), f"per token; {chain}")
-    yield Fact(
-        "Free cache",
-        f"{words.number(model.kv_tokens_left)} tokens",
-        f"{words.percent(model.kv_tokens_left, model.kv_tokens_total)} of the weakest block's",
-    )
+    if model.token_ms is None:
+        yield Fact("Latency", "none", "no whole chain")
+    else:
+        yield Fact("Latency", words.milliseconds(model.token_ms), "per token, fastest chain")
+    share = words.percent(model.kv_tokens_left, model.kv_tokens_total)
+    yield Fact("Free cache", words.number(model.kv_tokens_left), f"tokens, {share} of all")
     yield Fact("Peers", str(len(model.peers)), f"{model.answering} answer this page")
     versions = ", ".join(
         f"{words.without_addresses(name.removeprefix('potluck/'))}{f' ({n})' if len(model.software) > 1 else ''}"

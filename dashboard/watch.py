@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
@@ -59,6 +60,7 @@ class Watch:
         self._used: dict[str, float] = {}
         self._unwritten: list[Event] = []
         self._changed = asyncio.Condition()
+        self._turned = asyncio.Event()
 
     async def after(self, number: int) -> int:
         """Waits until the health is another one than that of `number`, or the watch ends; gives its number."""
@@ -87,15 +89,21 @@ class Watch:
             await asyncio.sleep(self._config.news_every_s)
 
     async def keep(self) -> NoReturn:
-        """Writes the history, for ever."""
+        """Writes the history, for ever: at a steady pace, and when blocks lose their last peer or have one again."""
         thinned_s = 0.0
         await asyncio.sleep(min(SETTLE_S, self._config.sample_every_s))
         while True:
-            await self.write(time.time())
-            if time.time() - thinned_s >= THIN_EVERY_S:
-                thinned_s = time.time()
-                await self._history.thin(thinned_s, self._config.events_kept)
-            await asyncio.sleep(self._config.sample_every_s)
+            try:
+                await self.write(time.time())
+                if time.time() - thinned_s >= THIN_EVERY_S:
+                    thinned_s = time.time()
+                    await self._history.thin(thinned_s, self._config.events_kept)
+            except sqlite3.Error as error:  # a full disk, most likely: the page is worth more than its past
+                log.warning("the history cannot be written: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._config.sample_every_s):
+                    await self._turned.wait()
+            self._turned.clear()
 
     async def write(self, now: float) -> None:
         """Writes what is known now. A swarm that was not found leaves a gap."""
@@ -122,6 +130,8 @@ class Watch:
         health = replace(health, as_of=view.as_of)
         self.recent.extendleft(reversed(happened))
         self._unwritten.extend(happened)
+        if any(event.kind in ("gap", "whole") for event in happened):
+            self._turned.set()
         if health != self.health:
             self.health = health
             self.number += 1
@@ -149,7 +159,6 @@ async def watching(config: DashboardConfig, dht_config: DhtConfig, history: Hist
     await watch.remember()
     async with background(_find_and_follow(watch, config, dht_config), "watch"):
         yield watch
-    await watch.write(time.time())
 
 
 async def _find_and_follow(watch: Watch, config: DashboardConfig, dht_config: DhtConfig) -> NoReturn:

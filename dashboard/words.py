@@ -19,10 +19,10 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`less than a minute`, `12 min`, `5 h`, `3 days`: coarse, so that pages need not change all the time."""
+    """`under a minute`, `12 min`, `5 h`, `3 days`: coarse, so that pages need not change all the time."""
     minutes = int(seconds) // 60
     if minutes < 1:
-        return "less than a minute"
+        return "under a minute"
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"

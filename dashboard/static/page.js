@@ -6,6 +6,7 @@ const line = document.getElementById("line");
 const told = document.getElementById("told"); // read out by screen readers, when the state of the swarm changes
 const CHARTS_EVERY_MS = 60_000;
 const RETRY_MS = 3_000;
+const REDRAW_MS = 1_500; // after the state of the swarm changed: the history is written by then
 
 // ---------------------------------------------------------------- news
 
@@ -27,7 +28,10 @@ function show(html) {
       const focused = old.contains(document.activeElement) ? document.activeElement : null;
       const path = focused && pathOf(focused, old);
       const text = section.outerHTML;
-      if (section.id === "sentence" && old.className !== section.className) told.textContent = section.firstElementChild.textContent;
+      if (section.id === "sentence" && old.className !== section.className) {
+        told.textContent = section.firstElementChild.textContent;
+        setTimeout(draw, REDRAW_MS);
+      }
       old.replaceWith(section);
       made.set(section, text);
       if (path) at(path, section)?.focus({ preventScroll: true });
@@ -176,14 +180,15 @@ function paint(chart, where, data) {
     font: "11px system-ui, sans-serif",
   };
   const now = Date.now() / 1000;
+  const clock = new Intl.DateTimeFormat(undefined, hours <= 24 ? { timeStyle: "short" } : { day: "numeric", month: "short" });
   const options = {
     width: where.clientWidth,
-    height: 150,
+    height: 152,
     legend: { show: false },
     cursor: { drag: { x: false, y: false }, y: false },
     scales: { x: { time: true, range: () => [now - hours * 3600, now] }, y: { range: () => [0, peak * 1.08] } },
     axes: [
-      { ...axis, size: 28, space: 60 },
+      { ...axis, size: 28, space: 60, values: (_, times) => times.map((at) => clock.format(new Date(at * 1000))) },
       { ...axis, size: 38, ...(chart.whole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {}) },
     ],
     series: [

@@ -21,7 +21,7 @@ ages = st.floats(0, 40 * DAY_S)
 def samples() -> st.SearchStrategy[list[Sample]]:
     one = st.builds(
         Sample, at=ages.map(lambda age: NOW - age), weight=st.integers(1, 9), n_blocks=st.just(24),
-        blocks_served=st.integers(0, 24), weakest=st.integers(0, 5), peers=st.floats(0, 100), answering=st.floats(0, 100),
+        blocks_served=st.integers(0, 24), weakest=st.integers(0, 5), peers=st.floats(0, 99), answering=st.floats(0, 99),
         tokens_per_s=numbers, free_tokens_per_s=numbers, token_ms=numbers,
     )  # fmt: skip
     return st.lists(one, max_size=60)

@@ -15,7 +15,7 @@ from dashboard import api
 from dashboard.config import DashboardConfig
 from dashboard.events import Event, changes
 from dashboard.health import Health
-from dashboard.page import MAX_COLUMNS, Page, advice, grid, join_command, page, sentence
+from dashboard.page import CROSS, MAX_COLUMNS, Page, advice, grid, join_command, page, sentence
 from dashboard.words import count, duration, milliseconds, number, without_addresses
 from protocol.errors import ConfigError
 from tests.dashboard.support import HOSTILE, NOW, health, peer
@@ -55,10 +55,15 @@ def test_the_page_begins_with_what_matters() -> None:
     assert page(health(peer("a", "0:12")), (), NOW).tone == "bad"
 
 
+def test_a_swarm_that_does_not_answer_is_not_called_healthy() -> None:
+    shown = page(health(peer("a", "0:24"), peer("b", "0:24")), (), NOW + 600, is_stale=True)
+    assert (shown.tone, shown.sentence) == ("bad", "This page has not seen the swarm for 10 min.")
+
+
 def test_the_grid_is_read_without_colours() -> None:
     (model,) = health(peer("a", "0:4", n_blocks=8), peer("b", "2:8", n_blocks=8), silent="b").models
     shown = grid(model)
-    assert ["".join(cell.glyph for cell in row.cells) for row in shown.rows] == ["■■■■····", "··××××××"]
+    assert ["".join(cell.glyph for cell in row.cells) for row in shown.rows] == ["■■■■····", "··" + 6 * CROSS]
     assert "".join(cell.glyph for cell in shown.counts) == "11110000"
     assert [row.text for row in shown.rows] == ["blocks 0:4: serves", "blocks 2:8: does not answer"]
 
@@ -151,7 +156,7 @@ def test_what_is_no_address_stays(text: str) -> None:
 def test_words() -> None:
     assert (count(1, "peer"), count(2, "peer"), count(40, "peer")) == ("one peer", "two peers", "40 peers")
     assert (duration(5), duration(600), duration(7200), duration(3e5)) == (
-        "less than a minute",
+        "under a minute",
         "10 min",
         "2 h",
         "3 days",

@@ -29,6 +29,13 @@ def test_the_prior_is_said_at_once_and_live_steps_take_over() -> None:
     assert meter.tokens_per_s == pytest.approx(100.0, rel=0.01)
 
 
+def test_all_tokens_are_counted() -> None:
+    meter = Meter(8)
+    decode(meter, 5, rows=3)
+    meter.note(8, 512, 1, 0.0, 900.0, 6.0)
+    assert meter.tokens == 5 * 3 + 512
+
+
 def test_a_chain_that_uses_a_part_is_scaled_to_the_span() -> None:
     meter = Meter(8)
     decode(meter, 50, blocks=2, ms=5.0)
