@@ -20,6 +20,8 @@ from protocol.span import Span
 
 MAX_COLUMNS = 32
 """Of the grid, so that it fits a phone; models of more blocks have several in a column."""
+PEERS_SHOWN = 100
+"""Of a model: those with trouble first. The JSON has them all."""
 EVENTS_SHOWN = 12
 TICKS = 6
 
@@ -104,7 +106,7 @@ class PeerLine:
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
-    """What the page says of one model."""
+    """What the page says of one model. `more`: peers that are not shown."""
 
     name: str
     fingerprint: str
@@ -114,6 +116,7 @@ class ModelPart:
     facts: tuple[Fact, ...]
     grid: Grid
     peers: tuple[PeerLine, ...]
+    more: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +224,8 @@ def _model(model: ModelHealth, now: float) -> ModelPart:
         since=f"{'whole' if model.is_complete else 'incomplete'} for {for_s}",
         facts=tuple(_facts(model, for_s)),
         grid=grid(model),
-        peers=tuple(_line(peer, now) for peer in model.peers),
+        peers=tuple(_line(peer, now) for peer in shown_peers(model.peers)),
+        more=max(0, len(model.peers) - PEERS_SHOWN),
     )
 
 
@@ -250,6 +254,12 @@ def _facts(model: ModelHealth, for_s: str) -> Iterable[Fact]:
     yield Fact("Software", versions or "?", note)
 
 
+def shown_peers(peers: Sequence[PeerHealth]) -> list[PeerHealth]:
+    """At most `PEERS_SHOWN`, in order; where there are more, those are left out that have no trouble."""
+    chosen = sorted(range(len(peers)), key=lambda index: (peers[index].standing is Standing.SERVING, index))
+    return [peers[index] for index in sorted(chosen[:PEERS_SHOWN])]
+
+
 def grid(model: ModelHealth) -> Grid:
     """Peers x blocks of a model, in at most `MAX_COLUMNS` columns."""
     width = -(-model.n_blocks // MAX_COLUMNS)
@@ -257,7 +267,7 @@ def grid(model: ModelHealth) -> Grid:
     step = max(1, -(-len(places) // TICKS))
     ticks = tuple(str(place.start) if index % step == 0 else "" for index, place in enumerate(places))
     counts = tuple(_count(min(model.replicas[place.start : place.stop]), place) for place in places)
-    rows = tuple(_row(peer, places) for peer in model.peers)
+    rows = tuple(_row(peer, places) for peer in shown_peers(model.peers))
     return Grid(ticks, counts, rows, width)
 
 

@@ -8,9 +8,9 @@ import logging
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dashboard.config import DashboardConfig
 from dashboard.events import Event, changes, since_of
@@ -93,13 +93,10 @@ class Watch:
         thinned_s = 0.0
         await asyncio.sleep(min(SETTLE_S, self._config.sample_every_s))
         while True:
-            try:
-                await self.write(time.time())
-                if time.time() - thinned_s >= THIN_EVERY_S:
-                    thinned_s = time.time()
-                    await self._history.thin(thinned_s, self._config.events_kept)
-            except sqlite3.Error as error:  # a full disk, most likely: the page is worth more than its past
-                log.warning("the history cannot be written: %s", error)
+            await self.write(time.time())
+            if time.time() - thinned_s >= THIN_EVERY_S:
+                thinned_s = time.time()
+                await self._try(self._history.thin(thinned_s, self._config.events_kept))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.sample_every_s):
                     await self._turned.wait()
@@ -112,7 +109,14 @@ class Watch:
         is_fresh = now - self.health.as_of <= self._config.stale_after_s
         samples = {model.fingerprint: sample(model, now) for model in largest} if is_fresh else {}
         if is_fresh or events:
-            await self._history.add(samples, events, self._since, now)
+            await self._try(self._history.add(samples, events, self._since, now))
+
+    async def _try(self, work: Coroutine[Any, Any, None]) -> None:
+        """What cannot be written (a full disk, most likely) is logged: the page is worth more than its past."""
+        try:
+            await work
+        except sqlite3.Error as error:
+            log.warning("the history cannot be written: %s", error)
 
     def _records(self) -> list[PeerRecord]:
         view = self._view if self._reader is None else self._reader.view
@@ -159,6 +163,7 @@ async def watching(config: DashboardConfig, dht_config: DhtConfig, history: Hist
     await watch.remember()
     async with background(_find_and_follow(watch, config, dht_config), "watch"):
         yield watch
+    await watch.write(time.time())
 
 
 async def _find_and_follow(watch: Watch, config: DashboardConfig, dht_config: DhtConfig) -> NoReturn:

@@ -15,7 +15,7 @@ from dashboard import api
 from dashboard.config import DashboardConfig
 from dashboard.events import Event, changes
 from dashboard.health import Health
-from dashboard.page import CROSS, MAX_COLUMNS, Page, advice, grid, join_command, page, sentence
+from dashboard.page import CROSS, MAX_COLUMNS, PEERS_SHOWN, Page, advice, grid, join_command, page, sentence
 from dashboard.words import count, duration, milliseconds, number, without_addresses
 from protocol.errors import ConfigError
 from tests.dashboard.support import HOSTILE, NOW, health, peer
@@ -78,6 +78,14 @@ def test_large_models_are_folded(blocks: tuple[int, int]) -> None:
     assert drawn[-1] in ("serving", "part")
     assert (shown.counts[0].style == "gap") == (start > 0)
     assert drawn.count("part") <= 1
+
+
+def test_of_many_peers_those_with_trouble_are_shown() -> None:
+    peers = [peer(f"p{index}", "0:24") for index in range(PEERS_SHOWN + 50)]
+    (model,) = page(health(*peers, silent="p149 p140"), (), NOW).models
+    assert len(model.peers) == len(model.grid.rows) == PEERS_SHOWN
+    assert [line.name for line in model.peers[-2:]] == ["p140", "p149"]
+    assert model.more == 50
 
 
 def test_what_strangers_write_stays_text_and_tells_no_address() -> None:
