@@ -11,7 +11,7 @@ from dashboard.prober import stalest
 from tests.dashboard.support import peer
 
 
-@given(st.integers(1, 120), st.integers(1, 50), st.randoms(use_true_random=False))
+@given(st.integers(1, 40), st.integers(1, 20), st.randoms(use_true_random=False))
 def test_everybody_has_a_turn(number: int, at_once: int, rng: random.Random) -> None:
     peers = [peer(f"p{index}", "0:24") for index in range(number)]
     asked_s: dict[str, float] = {}
