@@ -20,7 +20,8 @@ NOTES = """\
 `{model}`, greedy, prompts of {prompt} tokens, {new} new ones, all asked for in the same moment; the clients share
 the cores with the peers, and each computes its own head. *Total* is all tokens over the time from the first question
 to the last token. Peers compute in the number format that is named; heads in float32, in bfloat16 with peers in
-bfloat16, which is measured only where the CPU has instructions for it. Petals with 8 clients had {petals:.2f} times one unsplit stream in float32.
+bfloat16, which is measured only where the CPU has instructions for it. Petals with 8 clients had {petals:.2f} times
+one unsplit stream in float32.
 """
 
 
