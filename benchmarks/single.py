@@ -74,8 +74,9 @@ def measure(quick: bool) -> Result:
     for n in BARS:
         if str(n) in shares:
             share = shares[str(n)].median
-            bars.append(Bar(f"{n} peers, over unsplit", share, "at least", BARS[n]))
-            bars.append(Bar(f"{n} peers, over Petals", share / petals.SINGLE[n], "at least", OVER_PETALS[n]))
+            name = f"{n} peer{'s' if n > 1 else ''}"
+            bars.append(Bar(f"{name}, over unsplit", share, "at least", BARS[n]))
+            bars.append(Bar(f"{name}, over Petals", share / petals.SINGLE[n], "at least", OVER_PETALS[n]))
     if "best" in shares:
         bars.append(
             Bar("best settings, over Petals", shares["best"].median / petals.SINGLE[1], "at least", BEST_OVER_PETALS)

@@ -58,7 +58,7 @@ class SpanLoader:
         if config.dtype != "auto":
             dtype = cast("torch.dtype | None", getattr(torch, config.dtype))
         elif device.type == "cpu":
-            dtype = cpu_dtype(load_config(source).dtype, multiplies_bfloat16=_multiplies_bfloat16())
+            dtype = cpu_dtype(load_config(source).dtype, multiplies_bfloat16=multiplies_bfloat16())
         else:
             dtype = None
         return cls(source, served, device, dtype, config.kv_tokens, progress, config.quantization)
@@ -133,7 +133,8 @@ def cpu_dtype(stored: object, *, multiplies_bfloat16: bool) -> torch.dtype:
     return torch.bfloat16 if stored == torch.bfloat16 and multiplies_bfloat16 else torch.float32
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Has this machine's CPU instructions for it?"""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
