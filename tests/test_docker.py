@@ -236,6 +236,17 @@ def test_the_swarm_of_containers_answers(containers: dict[str, Service]) -> None
     assert said["choices"][0]["message"]["content"].strip() == "42"
 
 
+@pytest.mark.skipif(not on_this_branch("api"), reason="this checkout has no API")
+def test_the_example_with_openai_answers(
+    containers: dict[str, Service], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "users.md").read_text()
+    (text,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "from openai" in block)
+    text = text.replace(":8000/", f":{containers['api'].ports['8000']}/").replace('"none"', repr(KEY))
+    exec(compile(text, "docs/users.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "42"
+
+
 def test_all_end_when_told_to(containers: dict[str, Service]) -> None:
     """Runs last in this module: as `docker compose stop`, the bootstrap node after those that depend on it."""
     first = containers["bootstrap"]
