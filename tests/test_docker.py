@@ -237,9 +237,7 @@ def test_the_swarm_of_containers_answers(containers: dict[str, Service]) -> None
 
 
 @pytest.mark.skipif(not on_this_branch("api"), reason="this checkout has no API")
-def test_the_example_with_openai_answers(
-    containers: dict[str, Service], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_with_openai_answers(containers: dict[str, Service], capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "users.md").read_text()
     (text,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "from openai" in block)
     text = text.replace(":8000/", f":{containers['api'].ports['8000']}/").replace('"none"', repr(KEY))
