@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup demo test test-all chaos soak check format bench proto clean
+.PHONY: setup demo test test-all chaos soak docs check format bench proto clean
 
 setup: $(INSTALLED)
 
@@ -35,7 +35,11 @@ chaos: setup
 	$(BIN)/python -m pytest -m slow -s tests/chaos/test_chaos.py
 
 soak: setup
-	$(BIN)/python -m pytest -m slow -s tests/chaos/test_soak.py
+	$(BIN)/python -m pytest -m slow -s tests/chaos/test_soak.py tests/api/test_processes.py
+
+# The parts of the docs that are read off the code; a test says if they are behind.
+docs: setup
+	$(BIN)/python -m potluck.reference docs/*.md
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -30,7 +30,7 @@ def test_what_is_named_is_there(mention: str) -> None:
     assert not name or name in names_in(path)
 
 
-@pytest.mark.parametrize("package", ["protocol", "slicing", "dht", "peer", "client"])
+@pytest.mark.parametrize("package", ["protocol", "slicing", "dht", "peer", "client", "client/api", "dashboard"])
 def test_every_module_has_its_place(package: str) -> None:
     section, inside = "", False
     for line in PAGE.splitlines():
