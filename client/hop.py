@@ -95,6 +95,9 @@ class Hop:
             if not opened.done():
                 raise self.blamed(PeerLost(f"{self.name} did not open the session for {timeout_s:g} s"))
             state = opened.result()
+        except asyncio.CancelledError:
+            self.dismiss()  # or the peer would keep for a while what it may have opened
+            raise
         except BaseException:
             self.abandon()
             raise

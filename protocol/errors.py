@@ -4,6 +4,7 @@
     ├── UserError                a person asked for something that cannot be: exit code 2, one sentence
     │   ├── ConfigError          a flag, variable or configuration file has a bad value
     │   ├── SwarmNotFound        no swarm was named and none was found
+    │   ├── BadRequest           a request over HTTP asks for what cannot be (client/api/errors.py)
     │   └── ModelError           the model cannot be used
     │       ├── UnknownModel     no folder, hub id, or embedded model of that name
     │       ├── NoBlockStack     the architecture has no stack of decoder blocks to slice
@@ -23,6 +24,7 @@
     │   ├── StaleEpoch           the session has moved on without the caller
     │   ├── WrongModel           it serves another model, or other weights
     │   └── PeerFault            it failed internally (retryable: elsewhere)
+    ├── Busy                     as many requests over HTTP wait as may (retryable: later; client/api/errors.py)
     └── BlocksMissing            no chain covers the model: some blocks have no peer (retryable: later)
 
 An error crosses the wire as its `code`, message, `retryable`, `retry_after_s` and the peer to blame; `from_wire` makes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
@@ -15,6 +17,19 @@ from client.model import SwarmModelForCausalLM
 from protocol.errors import ConfigError
 
 GRACE_S = 5  # seconds for streams to end, once told to; whole seconds, as uvicorn wants them
+
+
+class _Server(uvicorn.Server):
+    """Ends with code 0 when it is told to: uvicorn's own would raise the signal once more, when all is done."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], on_event: Callable[[str], None]) -> None:
@@ -43,7 +58,7 @@ def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], o
         )
         host = f"[{config.host}]" if ":" in config.host else config.host
         say(f"api of {gateway.name} at http://{host}:{listener.getsockname()[1]}/v1")
-        uvicorn.Server(settings).run(sockets=[listener])
+        _Server(settings).run(sockets=[listener])
 
 
 def _listener(config: ApiConfig) -> socket.socket:

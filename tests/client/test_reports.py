@@ -41,7 +41,7 @@ class Told:
 async def asked(*after_s: float, slack_s: float = 0.0, **rtts_ms: float) -> tuple[list[bool], float]:
     """Which of the hops a, b, ... were heard, and after how many seconds that was known."""
     peers = cast(Any, SimpleNamespace(times=lambda: Times(rtts_ms)))
-    chain = OpenChain(SessionSpec("", 6), peers, Blame(1.0), ClientConfig(), SessionStats(), print)
+    chain = OpenChain(SessionSpec("", 6), peers, Blame(1.0), ClientConfig(), SessionStats(), cast(Any, None), print)
     chain.hops = [cast(Hop, Told("abc"[i], after)) for i, after in enumerate(after_s)]
     began_s = time.monotonic()
     reports = await chain.reports(TIMEOUT_S, slack_s)

@@ -27,6 +27,7 @@ from peer.host import SpanHost
 from peer.links import Links
 from peer.pump import ReplyStream
 from peer.session import Delivery, Session
+from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import server_credentials
@@ -855,7 +856,7 @@ class SlowClient(ReplyStream):
     """A client's stream that takes a reply only when it is let."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None, Tally())
         self.is_asked = asyncio.Event()
         self.may_go = asyncio.Event()
         self.heard: list[int] = []
