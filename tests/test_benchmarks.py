@@ -28,6 +28,7 @@ RESULT = Result(
 )
 
 
+@pytest.mark.slow
 def test_a_scenario_runs_with_real_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POTLUCK_BENCH_CACHE", str(tmp_path))
     result = hop.measure(quick=True)

@@ -150,6 +150,7 @@ def test_metrics(served: Local) -> None:
     assert all(family.help and family.type in ("counter", "gauge", "histogram") for family in families())
 
 
+@pytest.mark.slow  # tests/api/test_processes.py kills peers among sixteen clients
 def test_a_peer_is_lost_during_eight_streams() -> None:
     """Nobody notices, but for a pause."""
     with local("0:12", "12:24", "12:24", "0:12", first_identity=2) as served:

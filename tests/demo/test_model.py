@@ -83,7 +83,13 @@ def test_every_broken_chain_costs_20_points(loaded: Loaded) -> None:
     assert not {chain: points for chain, points in lost.items() if points < 20}
 
 
-@pytest.mark.parametrize("name", ["skip 11", "swap 12,13", "repeat 23", "repeat 22,23"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["swap 12,13", *(pytest.param(name, marks=SLOW) for name in ("skip 11", "repeat 23", "repeat 22,23"))],
+)
 def test_broken_chains_are_judged_like_generate(loaded: Loaded, name: str) -> None:
     sample = questions(6, 24, "held_out")
     order = broken_chains(24)[name]

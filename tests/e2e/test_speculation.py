@@ -21,7 +21,7 @@ from tests.processes import at_home, swarm, wait_online
 
 SPANS = ("0:9", "9:15", "15:24")
 LINK_S = 0.1  # of emulated round trip
-PER_TASK = 3
+PER_TASK = 2
 REPETITIVE = {"inputs": torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])}
 
 

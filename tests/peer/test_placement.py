@@ -293,7 +293,7 @@ small = st.tuples(st.integers(3, 9), st.integers(2, 5)).flatmap(
 
 
 @given(small.filter(lambda case: sum(case[1]) >= case[0]), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_small_swarms_come_close_to_the_optimum(sizes: tuple[int, list[int], list[float]], rng: random.Random) -> None:
     """No placement beats the brute-forced optimum; nobody moves for ever; and little is left to gain."""
     case = Case(sizes[0], tuple(sizes[1]), tuple(sizes[2]))
