@@ -105,6 +105,7 @@ def _run(
     """In the forked process: what `python -m` does."""
     assert PRELOADED in sys.modules, f"{PRELOADED} was not imported before: see what it says by hand"
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a terminal's programs have it, wherever tests run
     if stdin is not None:
         os.dup2(stdin.fileno(), 0)
         stdin.close()
