@@ -15,6 +15,7 @@ from benchmarks.concurrency import Load
 from benchmarks.models import SHAPES, with_tokenizer
 from benchmarks.result import Bar, Curve, Plot, Result, Table
 from benchmarks.timing import Answer, Spread
+from peer.loading import multiplies_bfloat16
 
 PROMPT_TOKENS = 8
 AT = 8  # requests, for which the bars are
@@ -138,7 +139,8 @@ def measure(quick: bool) -> Result:
     """See the module."""
     model, new, repeats = ("llama-tiny", 8, 2) if quick else ("llama-small", 32, 3)
     numbers = (1, 2) if quick else (1, 2, 4, 8, 16)
-    found = [setting(model, dtype, numbers, new, repeats) for dtype in (("float32",) if quick else OVER_ONE)]
+    wanted = [dtype for dtype in OVER_ONE if dtype == "float32" or (not quick and multiplies_bfloat16())]
+    found = [setting(model, dtype, numbers, new, repeats) for dtype in wanted]
     rows = [
         (
             each.dtype,
