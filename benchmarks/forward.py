@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks import petals
-from benchmarks.arena import arena, spans
+from benchmarks.arena import TUNING, arena, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Result, Table
 from benchmarks.timing import Spread, ratios
@@ -12,7 +14,8 @@ ROWS, TOKENS = 8, 128
 BAR = 0.95
 
 NOTES = """\
-`{model}`, float32, {rows} x {tokens} tokens: tokens per second over those of the unsplit model a moment before.
+`{model}`, float32, {rows} x {tokens} tokens: tokens per second over those of the unsplit model a moment before. The
+client's head, which has {rows} x {tokens} tokens to score here, has as many threads as the unsplit model has.
 """
 
 
@@ -23,7 +26,7 @@ def measure(quick: bool) -> Result:
     bars, rows, raw = [], [], {}
     for peers, theirs in petals.FORWARD.items():
         took_s: dict[str, list[float]] = {"unsplit": [], "swarm": []}
-        with arena() as place:
+        with arena(replace(TUNING, client_threads=TUNING.unsplit_threads)) as place:
             subjects = {"unsplit": place.unsplit(folder)}
             place.peers(folder, spans(SHAPES[model].layers, peers))
             subjects["swarm"] = place.client(folder, peers)
