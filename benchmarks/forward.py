@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from benchmarks import petals
-from benchmarks.arena import TUNING, arena, spans
+from benchmarks.arena import arena, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Result, Table
 from benchmarks.timing import Spread, ratios
@@ -15,7 +13,7 @@ BAR = 0.95
 
 NOTES = """\
 `{model}`, float32, {rows} x {tokens} tokens: tokens per second over those of the unsplit model a moment before. The
-client's head, which has {rows} x {tokens} tokens to score here, has as many threads as the unsplit model has.
+client's head has {rows} x {tokens} tokens to score here.
 """
 
 
@@ -26,7 +24,7 @@ def measure(quick: bool) -> Result:
     bars, rows, raw = [], [], {}
     for peers, theirs in petals.FORWARD.items():
         took_s: dict[str, list[float]] = {"unsplit": [], "swarm": []}
-        with arena(replace(TUNING, client_threads=TUNING.unsplit_threads)) as place:
+        with arena() as place:
             subjects = {"unsplit": place.unsplit(folder)}
             place.peers(folder, spans(SHAPES[model].layers, peers))
             subjects["swarm"] = place.client(folder, peers)
