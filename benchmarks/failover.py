@@ -63,4 +63,6 @@ def measure(quick: bool) -> Result:
     rows.append(("undisturbed: the whole answer", Spread.of(undisturbed_s).show(), str(strikes)))
     table = Table(("", "extra time, s", "times"), rows)
     notes = NOTES.format(model=model, at=new // 2, new=new)
-    return Result("failover", "A peer is lost", notes, bars, [table], raw={"extra_s": extra_s, "longer_s": longer_s, "same": same})
+    return Result(
+        "failover", "A peer is lost", notes, bars, [table], raw={"extra_s": extra_s, "longer_s": longer_s, "same": same}
+    )

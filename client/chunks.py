@@ -1,7 +1,8 @@
 """Into how many chunks a prompt is best cut, so that all hops of a chain work on it at once. Pure.
 
 C chunks through S hops take as long as one chunk through all hops, and C - 1 more through the slowest: many small ones
-keep all hops busy. But each costs every hop the reading of its weights, and a message.
+keep all hops busy. But each costs every hop the reading of its weights, and a message; and hops that share a device
+only take turns on it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class HopCost:
     Attributes:
         step_ms: however few tokens it has: a decode step's time.
         token_ms: for each token of each row of a prefill, beside that.
+        device: on which it computes; hops of one chain may share it.
     """
 
     step_ms: float
     token_ms: float
+    device: str
 
 
 def chunk_tokens(tokens: int, rows: int, hops: Sequence[HopCost], max_tokens: int) -> int:
@@ -44,5 +47,7 @@ def chunk_tokens(tokens: int, rows: int, hops: Sequence[HopCost], max_tokens: in
 
 def _passed_ms(tokens: int, count: int, hops: Sequence[HopCost]) -> float:
     """Until `count` chunks of so many rows x tokens are through all hops."""
-    each_ms = [hop.step_ms + tokens * hop.token_ms for hop in hops]
-    return sum(each_ms) + (count - 1) * max(each_ms, default=0.0)
+    busy_ms: dict[str, float] = {}
+    for hop in hops:
+        busy_ms[hop.device] = busy_ms.get(hop.device, 0.0) + hop.step_ms + tokens * hop.token_ms
+    return sum(busy_ms.values()) + (count - 1) * max(busy_ms.values(), default=0.0)

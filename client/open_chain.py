@@ -456,7 +456,11 @@ class OpenChain:
             token_ms = times.of(hop.link.peer.peer_id).token_ms
             blocks = len(hop.link.span)
             costs.append(
-                HopCost(HOP_MS + blocks * block_ms, blocks * (block_ms / SHARED if token_ms is None else token_ms))
+                HopCost(
+                    HOP_MS + blocks * block_ms,
+                    blocks * (block_ms / SHARED if token_ms is None else token_ms),
+                    hop.link.peer.device or hop.link.peer.peer_id,
+                )
             )
         return tuple(costs)
 

@@ -71,6 +71,7 @@ class PeerRecord:
             fill the same gap); None: it stays.
         pinned: its user named the blocks, so that it never moves.
         unbatched: it computes sessions one by one, since its model does not batch, or it was told so.
+        device: says of peers where it is the same that they share a processor, and nothing else; empty: not said.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
         tokens_served: tokens that it has computed for others since it started, through whatever span; None: it does not
             say.
@@ -102,6 +103,7 @@ class PeerRecord:
     codecs: tuple[str, ...] = ()
     dtype: str = ""
     quantization: str = ""
+    device: str = ""
     software: str = ""
     wire_version: int = WIRE_VERSION
     public_name: str = ""
@@ -271,6 +273,7 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "codecs": list(record.codecs),
         "dtype": record.dtype,
         "quantization": record.quantization,
+        "device": record.device,
         "software": record.software,
         "wire": record.wire_version,
         "public_name": record.public_name,
@@ -314,6 +317,7 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         codecs=fields.tokens("codecs", MAX_CODECS, MAX_LABEL_CHARS),
         dtype=fields.token("dtype", MAX_LABEL_CHARS, empty=True),
         quantization=fields.token("quantization", MAX_LABEL_CHARS, empty=True),
+        device=fields.token("device", MAX_LABEL_CHARS, empty=True) if "device" in fields else "",
         software=fields.token("software", MAX_LABEL_CHARS, empty=True),
         wire_version=fields.whole("wire", 0, MAX_WIRE_VERSION),
         public_name=fields.text("public_name", MAX_NAME_CHARS),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dht.record import PeerRecord, State
+from peer import device
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
 from protocol.identity import Identity
@@ -84,7 +85,10 @@ class Standing:
         self.host, self._port = host, host.port
         self._digests = tuple(bytes.fromhex(digests[block]) for block in sorted(digests))
         self._template = replace(
-            self._template, dtype=dtype_name(host.model.dtype), quantization=host.model.quantization
+            self._template,
+            dtype=dtype_name(host.model.dtype),
+            quantization=host.model.quantization,
+            device=device.mark(host.model.device),
         )
         self.resume()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ MAX = 1024
 
 
 def hops(count: int, step_ms: float = 7.0, token_ms: float = 0.4) -> list[HopCost]:
-    return [HopCost(step_ms, token_ms)] * count
+    return [HopCost(step_ms, token_ms, f"device {index}") for index in range(count)]
 
 
 def passed_ms(tokens: int, size: int, chain: list[HopCost]) -> float:
@@ -49,17 +51,27 @@ def test_a_prompt_of_512_tokens_over_four_hops_that_read_their_weights_in_seven_
     assert 4 * -(-512 // size) * 7.0 < 0.15 * alone_ms, "what it costs at most where hops cannot work at once"
 
 
+def test_hops_that_share_a_device_are_not_to_work_at_once() -> None:
+    shared = [replace(hop, device="the only one") for hop in hops(4)]
+    assert chunk_tokens(512, 1, shared, MAX) == 512
+    assert chunk_tokens(2000, 1, shared, MAX) == 1000
+    two = [replace(hop, device=f"device {index % 2}") for index, hop in enumerate(hops(4))]
+    assert chunk_tokens(512, 1, hops(4), MAX) <= chunk_tokens(512, 1, two, MAX) < 512
+
+
 @given(
     st.integers(1, 5000),
     st.integers(1, 4),
-    st.lists(st.builds(HopCost, st.floats(0.1, 50.0), st.floats(0.01, 10.0)), min_size=1, max_size=6),
+    st.lists(
+        st.builds(HopCost, st.floats(0.1, 50.0), st.floats(0.01, 10.0), st.uuids().map(str)), min_size=1, max_size=6
+    ),
     st.integers(64, 2048),
 )
 def test_no_other_chunks_are_clearly_better(tokens: int, rows: int, chain: list[HopCost], max_tokens: int) -> None:
     size = chunk_tokens(tokens, rows, chain, max_tokens)
     assert 1 <= size <= max(1, tokens)
     assert size * rows <= max(max_tokens, rows)
-    scaled = [HopCost(hop.step_ms, rows * hop.token_ms) for hop in chain]
+    scaled = [HopCost(hop.step_ms, rows * hop.token_ms, hop.device) for hop in chain]
     took_ms = passed_ms(tokens, size, scaled)
     for count in range(1, tokens * rows // LEAST_TOKENS + 1):
         other = -(-tokens // count)

@@ -83,11 +83,11 @@ def test_what_is_written_is_read(
 
 
 def test_a_record_of_older_software_is_read() -> None:
-    """It has neither a contact nor what was served."""
-    values = payload_of(peer(contact="zoe@example.org", tokens_served=7).encode(identity(0)))
-    del values["contact"], values["tokens_served"]
+    """It says neither a contact, nor what was served, nor on which device."""
+    values = payload_of(peer(contact="zoe@example.org", tokens_served=7, device="0f3c").encode(identity(0)))
+    del values["contact"], values["tokens_served"], values["device"]
     found = read(sealed(values))
-    assert (found.contact, found.tokens_served) == ("", None)
+    assert (found.contact, found.tokens_served, found.device) == ("", None, "")
 
 
 def test_a_large_honest_record_fits() -> None:
@@ -97,6 +97,7 @@ def test_a_large_honest_record_fits() -> None:
         block_digests=tuple(bytes([block] * 16) for block in range(126)),
         maddrs=tuple(f"/ip4/203.0.113.{index}/tcp/4201/p2p/{'Q' * 46}" for index in range(4)),
         quantization="int8",
+        device="0f3c",
         codecs=("none", "fp16", "bf16", "int8", "blockwise8"),
     )
     raw = record.encode(identity(0))
