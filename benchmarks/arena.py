@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,7 +47,7 @@ class Tuning:
 
     unsplit_threads: int = 2
     peer_threads: int = 2
-    client_threads: int = 1
+    client_threads: int = 2
     api_threads: int = 1
     client_passive: bool = True
     peer_passive: bool = False
@@ -55,6 +55,8 @@ class Tuning:
 
 
 TUNING = Tuning()
+CROWD = replace(TUNING, client_threads=1)
+"""Where many clients share the cores, each with a head of its own."""
 
 
 class MeasurementFailed(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks import petals
-from benchmarks.arena import Arena, Subject, arena, prompt, spans, together
+from benchmarks.arena import CROWD, Arena, Subject, arena, prompt, spans, together
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Curve, Plot, Result, Table
 from benchmarks.timing import Answer, Spread, p99, total_tokens_per_s
@@ -69,7 +69,7 @@ class Setting:
 def setting(model: str, peers: int, dtype: str, numbers: tuple[int, ...], new: int, repeats: int) -> Setting:
     """Measures one swarm; in each round every number of clients has a turn, and the unsplit model."""
     folder, found = str(folder_of(model)), Setting(peers, dtype, loads={n: Load() for n in numbers})
-    with arena() as place:
+    with arena(CROWD) as place:
         unsplit = place.unsplit(folder)
         clients = _swarm(place, folder, model, peers, dtype, max(numbers))
         unsplit.generate(prompt(PROMPT_TOKENS), 8)

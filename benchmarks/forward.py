@@ -12,7 +12,8 @@ ROWS, TOKENS = 8, 128
 BAR = 0.95
 
 NOTES = """\
-`{model}`, float32, {rows} x {tokens} tokens: tokens per second over those of the unsplit model a moment before.
+`{model}`, float32, {rows} x {tokens} tokens: tokens per second over those of the unsplit model a moment before. The
+client's head has {rows} x {tokens} tokens to score here.
 """
 
 

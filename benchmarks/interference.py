@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from benchmarks.arena import START_TOGETHER_S, Subject, arena, prompt
+from benchmarks.arena import CROWD, START_TOGETHER_S, Subject, arena, prompt
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Result, Table
 from benchmarks.timing import Answer, Spread, p99
@@ -30,7 +30,7 @@ def measure(quick: bool) -> Result:
     busy_p99_ms: list[float] = []
     quiet_s: list[float] = []
     busy_s: list[float] = []
-    with arena() as place:
+    with arena(CROWD) as place:
         place.peers(folder, [f"0:{SHAPES[model].layers}"])
         long, *decoding = place.clients(1 + n)
         place.joined([long, *decoding], folder, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from benchmarks import petals
 from benchmarks.arena import Peer, arena, prompt
 from benchmarks.models import SHAPES, folder_of
@@ -11,12 +13,13 @@ BAR_MIB = 400.0
 MOST_PROCESSES = 2.0
 KV_TOKENS = 2048
 MIB = 2**20
+SETTLED_S = 6.0  # a peer looks every 5 s whether there is memory to give back
 
 NOTES = """\
 `{model}`, all blocks, float32, `--kv-tokens {kv}`: PSS and USS of all the peer's processes, at its start, and after
-prompts of {tokens} tokens and {new} tokens of answers. *Over* is PSS less the weights; in the last line less the
-declared KV cache, too, which the prompt nearly fills. Other budgets (messages, journals) are not subtracted. Petals:
-{petals} MiB unshared at the start, {processes} processes.
+prompts of {tokens} tokens and {new} tokens of answers, {settled:.0f} s later. *Over* is PSS less the weights;
+in the last line less the declared KV cache, too, which the prompt nearly fills. Other budgets (messages, journals) are
+not subtracted. Petals: {petals} MiB unshared at the start, {processes} processes.
 """
 
 
@@ -30,6 +33,7 @@ def measure(quick: bool) -> Result:
         client = place.client(folder, 1)
         for seed in range(2):
             client.generate(prompt(tokens, seed), new)
+        time.sleep(SETTLED_S)
         after = _mib(peer, "pss"), _mib(peer, "uss")
         names = [process.name() for process in peer.family()]
     weights = _weights_mib(shape.hidden, shape.intermediate, shape.layers)
@@ -45,7 +49,13 @@ def measure(quick: bool) -> Result:
         ("after long prompts", *(f"{value:.0f}" for value in (*after, after[0] - weights - kv))),
     ]
     notes = NOTES.format(
-        model=model, kv=KV_TOKENS, tokens=tokens, new=new, petals=petals.UNSHARED_MIB, processes=petals.PROCESSES
+        model=model,
+        kv=KV_TOKENS,
+        tokens=tokens,
+        new=new,
+        settled=SETTLED_S,
+        petals=petals.UNSHARED_MIB,
+        processes=petals.PROCESSES,
     )
     raw = {"weights_mib": weights, "kv_mib": kv, "processes": names}
     table = Table(("", "PSS, MiB", "USS, MiB", "over, MiB"), rows, f"weights {weights:.0f} MiB, KV {kv:.0f} MiB")

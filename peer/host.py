@@ -209,13 +209,13 @@ class SpanHost:
             await self._server.stop(self._config.stop_grace_s)
 
     async def _sweep(self) -> None:
-        ended = 0
+        ended = read = 0
         while True:
             await asyncio.sleep(SWEEP_S)
             if dropped := self.sessions.reclaim(time.monotonic()):
                 logger.info("reclaimed %d idle sessions", dropped)
-            if self.sessions.ended > ended:
-                ended = self.sessions.ended
+            if self.sessions.ended > ended or self.tally.computed["prefill"] > read:
+                ended, read = self.sessions.ended, self.tally.computed["prefill"]
                 await asyncio.to_thread(memory.give_back)
 
     async def _measure_when_idle(self) -> None:
