@@ -69,7 +69,7 @@ class PeerConfig:
         default=64, metadata={"help": "Sessions whose steps share one pass; 1: each has a pass of its own."}
     )
     prefill_share: float = field(
-        default=0.5,
+        default=0.7,
         metadata={
             "help": "How much of a pass's time prompts may take while other sessions decode: more, and prompts are read"
             " sooner; less, and tokens come more evenly."
