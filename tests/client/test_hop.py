@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from client.chain import Link
-from client.hop import Heard, Hop
+from client.hop import Hop, Inbox
 from dht.record import PeerRecord
 from protocol.channel import server_credentials
 from protocol.errors import PeerLost
@@ -30,7 +30,7 @@ TIMEOUT_S = 20.0  # far more than an answer takes: who waits for it to pass has 
 
 
 @asynccontextmanager
-async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, asyncio.Queue[Heard]]]:
+async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, Inbox]]:
     """A hop to a peer that answers the first messages of a session, and each question for progress, with these bytes
     in turn."""
     said = iter(answers)
@@ -61,7 +61,7 @@ async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, asyncio.Queue[Hear
         codecs=("none",),
         wire_version=WIRE_VERSION,
     )
-    known, inbox = KnownPeers([record]), asyncio.Queue[Heard]()
+    known, inbox = KnownPeers([record]), Inbox()
     hop = Hop(Link(record, SPAN), known.channel(record), secrets.token_bytes(16), inbox)
     try:
         yield hop, inbox
