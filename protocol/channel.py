@@ -16,7 +16,8 @@ import grpc.aio
 from protocol.descriptors import connections_at_most
 from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost
 from protocol.identity import Identity, common_name, load_certificate
-from protocol.limits import CONNECTION_IDLE_S, HANDSHAKE_S, METADATA_BYTES, STREAMS_PER_CONNECTION
+from protocol.limits import CONNECTION_IDLE_S, HANDSHAKE_S, MAX_ERROR_CHARS, METADATA_BYTES, STREAMS_PER_CONNECTION
+from protocol.messages import shown
 
 KEEPALIVE_EVERY_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 20_000
@@ -103,7 +104,8 @@ def has_failed(channel: grpc.aio.Channel) -> bool:
 
 def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerError | BadMessage:
     """What a failed call means, where the peer did not send an error of its own."""
-    detail = f"{error.code().name.lower().replace('_', ' ')}: {error.details() or 'no details'}"
+    said = shown(error.details() or "no details", MAX_ERROR_CHARS)  # in part the other side's words
+    detail = f"{error.code().name.lower().replace('_', ' ')}: {said}"
     too_large = "larger than max" in (error.details() or "")  # grpc's words for a broken message limit
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not too_large:
         return PeerFull(f"the peer refused: {detail}", peer_id=peer_id)

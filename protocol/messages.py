@@ -304,7 +304,7 @@ class StepResult:
 
     @classmethod
     def from_proto(cls, message: pb.StepResult, payload: bytes) -> StepResult:
-        return cls(Step.from_proto(message.step, payload), _shown(message.undelivered, MAX_ERROR_CHARS))
+        return cls(Step.from_proto(message.step, payload), shown(message.undelivered, MAX_ERROR_CHARS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +366,7 @@ class Notice:
     @classmethod
     def from_proto(cls, message: pb.Notice) -> Notice:
         is_time = 0 <= message.expected_ms <= MAX_STEP_MS
-        return cls(_shown(message.state, MAX_NAME_CHARS), message.expected_ms if is_time else 0.0)
+        return cls(shown(message.state, MAX_NAME_CHARS), message.expected_ms if is_time else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,15 +396,15 @@ class Failure:
         retry_after_s = message.retry_after_s
         error = from_wire(
             message.code,
-            _shown(message.message, MAX_ERROR_CHARS),
+            shown(message.message, MAX_ERROR_CHARS),
             retryable=message.retryable,
             retry_after_s=min(retry_after_s, MAX_RETRY_S) if retry_after_s > 0 else None,  # NaN is not
-            peer_id=_shown(message.peer_id, MAX_PEER_ID_CHARS) or None,
+            peer_id=shown(message.peer_id, MAX_PEER_ID_CHARS) or None,
         )
         return cls(error, message.step_id, message.fatal)
 
 
-def _shown(text: str, most_chars: int) -> str:
+def shown(text: str, most_chars: int) -> str:
     """A stranger's text as it may be shown: without what would drive a terminal."""
     text = text[:most_chars]
     return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)

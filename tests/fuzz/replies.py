@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+import grpc
 import grpc.aio
 import torch
 from google.protobuf.message import DecodeError
@@ -44,6 +45,8 @@ PEER = PeerRecord("QmPeer", "f", 4, Span(0, 4), "online", ("127.0.0.1:1",), b"",
 LINK = Link(PEER, PEER.span)
 OPENING = Open(b"s" * 16, 1, "f", PEER.span, "int8", 1, 16)
 WAIT_S = 5.0  # never waited: what the peer says is all there
+STATUS = b"!"
+CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 SENT = torch.zeros(1, 2, 64)
 
 
@@ -54,7 +57,10 @@ class _Call:
         self._replies = iter(replies)
 
     async def read(self) -> Any:
-        return next(self._replies, grpc.aio.EOF)
+        reply = next(self._replies, grpc.aio.EOF)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     async def write(self, message: Any) -> None:
         """Nobody listens."""
@@ -99,7 +105,12 @@ def _parse(message_class: Any, data: bytes) -> Any:
 
 def _parsed(pieces: Iterator[bytes]) -> Iterator[Any]:
     for piece in pieces:
-        yield _parse(pb.InferReply, piece)
+        if piece[:1] == STATUS:  # no message begins so
+            code = CODES[piece[1] % len(CODES)] if len(piece) > 1 else grpc.StatusCode.UNKNOWN
+            details = piece[2:].decode(errors="replace")
+            yield grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+        else:
+            yield _parse(pb.InferReply, piece)
 
 
 async def _scene(replies: Sequence[Any], progress: Any) -> None:
@@ -190,7 +201,8 @@ def seeds() -> list[bytes]:
         streams += [[opened, whole], [opened, *halves, Notice("draining").to_proto()]]
     refusal = Failure(PeerLost("it is gone"), 3).to_proto()
     streams += [[refusal], [opened, refusal]]
-    return [as_pieces([progress, *(message.SerializeToString() for message in stream)]) for stream in streams]
+    ended = as_pieces([progress, opened.SerializeToString(), STATUS + b"\3gone \x1b[2J"])
+    return [ended, *(as_pieces([progress, *(message.SerializeToString() for message in stream)]) for stream in streams)]
 
 
 TARGET = Target(
