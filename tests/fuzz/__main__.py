@@ -7,6 +7,7 @@ memory grew after the first fifth of the time (what leaks, grows on). Exit code 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
@@ -69,28 +70,31 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
             sys.executable, "-m", module, name, str(seconds), str(corpus), stdout=file, stderr=file
         )
         sizes: list[int] = []
+        ended = asyncio.ensure_future(process.wait())
         try:
             async with asyncio.timeout(seconds + OVER_S):
-                while process.returncode is None:
-                    try:
+                while not ended.done():
+                    with contextlib.suppress(psutil.Error):  # it may end meanwhile
                         sizes.append(psutil.Process(process.pid).memory_info().rss)
-                    except psutil.Error:
-                        break  # it has ended
-                    await asyncio.wait([asyncio.ensure_future(process.wait())], timeout=LOOK_S)
-            code = await process.wait()
+                    await asyncio.wait({ended}, timeout=LOOK_S)
+            code = await ended
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
     took_s, said = time.monotonic() - started_s, log.read_text(errors="replace")
     settled = sizes[int(SETTLED * len(sizes)) :] or [0]
+    if name == SURFACE:
+        lines = _pair(r"lines: (\d+)/(\d+)", said)
+    else:
+        lines = await asyncio.to_thread(_lines_of, name, corpus)  # harnesses have event loops of their own
     return Run(
         name,
         code,
         executions=_number(r"stat::number_of_executed_units:\s*(\d+)", said) or _number(r"#(\d+)\s", said),
         took_s=took_s,
         edges=_number(r"cov: (\d+)", said),
-        lines=_lines_of(name, corpus) if name != SURFACE else _pair(r"lines: (\d+)/(\d+)", said),
+        lines=lines,
         peak=max(sizes, default=0),
         grown=max(settled[-5:]) - settled[0],
         said=said,
@@ -98,9 +102,8 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
 
 
 def _number(pattern: str, text: str) -> int:
-    """The last one."""
-    found = re.findall(pattern, text)
-    return int(found[-1]) if found else 0
+    """The largest one: all of these only grow."""
+    return max(map(int, re.findall(pattern, text)), default=0)
 
 
 def _pair(pattern: str, text: str) -> tuple[int, int]:
