@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,6 @@ class Lines:
 def _in_functions(code: CodeType) -> Iterator[int]:
     for part in code.co_consts:
         if isinstance(part, CodeType):
-            is_class = "__qualname__" in part.co_names and not part.co_flags & 0x2  # CO_NEWLOCALS: a function
-            if not is_class:
+            if part.co_flags & inspect.CO_OPTIMIZED:  # a function's, and not a class's body
                 yield from (line for _, _, line in part.co_lines() if line and line != part.co_firstlineno)
             yield from _in_functions(part)

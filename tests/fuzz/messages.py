@@ -181,4 +181,4 @@ def seeds() -> list[bytes]:
     return [bytes((kind,)) + message.SerializeToString() for kind, message in made]
 
 
-TARGET = Target("messages", run, seeds, modules=("protocol.messages", "protocol.span"), nbytes=8 << 20)
+TARGET = Target("messages", run, seeds, modules=("protocol.messages",), nbytes=8 << 20)

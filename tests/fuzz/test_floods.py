@@ -79,7 +79,7 @@ def test_ten_thousand_connections(
             with ThreadPoolExecutor(1) as thread:
                 lorises = thread.submit(asyncio.run, slow_lorises(host, int(port)))
                 until(lambda: descriptors(peer.pid) >= before + LORISES, "the slow lorises")
-                most = descriptors(peer.pid)
+                most, kib_each = descriptors(peer.pid), (uss_bytes(peer.pid) - used[-1]) / LORISES / 1024
                 started_s = time.monotonic()
                 said = generated(model, said, TURN)
                 took_s = time.monotonic() - started_s
@@ -87,7 +87,8 @@ def test_ten_thousand_connections(
                     answers_at_length(newcomer)
                     assert torch.equal(generated(newcomer, PROMPT, TURN), expected[:, : PROMPT.shape[1] + TURN])
                 held_s = lorises.result()
-            print(f"{most - before} lorises at once, held for {held_s:.1f} s; {TURN} tokens took {took_s:.2f} s")
+            print(f"{most - before} lorises at once, {kib_each:.0f} KiB each, held for {held_s:.1f} s at most")
+            print(f"{TURN} tokens took {took_s:.2f} s meanwhile")
             until(lambda: descriptors(peer.pid) <= before, "the peer to close the slow lorises")
             assert torch.equal(said, expected)
         assert held_s < HANDSHAKE_S + 5.0
