@@ -60,19 +60,15 @@ class Guarded:
         gc.collect()
         gc.freeze()  # else a collection of all that pytest has imported would count as an input's
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
-        self._peak = peak_bytes()
 
     def __call__(self, data: bytes) -> None:
-        started_s = time.process_time()
+        before, started_s = peak_bytes(), time.process_time()
         self._target.run(data)
         took_s = time.process_time() - started_s
         if took_s > self._target.cpu_s:
             raise TooMuch(f"{len(data)} bytes took {took_s:.2f} s; {self._target.cpu_s} s are allowed")
-        before, self._peak = self._peak, peak_bytes()
-        if self._peak - before > self._target.nbytes:
-            raise TooMuch(
-                f"{len(data)} bytes took {(self._peak - before) >> 20} MiB; {self._target.nbytes >> 20} may be"
-            )
+        if (took := peak_bytes() - before) > self._target.nbytes:
+            raise TooMuch(f"{len(data)} bytes took {took >> 20} MiB; {self._target.nbytes >> 20} are allowed")
 
 
 def peak_bytes() -> int:
