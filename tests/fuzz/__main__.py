@@ -1,7 +1,8 @@
 """The long run: `python -m tests.fuzz [TARGET...]`. Each harness for FUZZ_MINUTES (10), FUZZ_JOBS (1) at a time.
 
-Prints a table: executions, how many a second, edges and lines that were reached, the peak of memory, and by how much
-memory grew after the first fifth of the time (what leaks, grows on). Exit code 1: something was found.
+Prints a table: minutes, of which it had the processor for so many; executions, and how many in a second of these; edges
+and lines that were reached; the peak of memory, and by how much memory grew after the first fifth of the time (what
+leaks, grows on; a corpus grows too). Exit code 1: something was found.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SETTLED = 0.2  # of the time: from then on memory should not grow
 OVER_S = 180.0  # after its time, until it is ended
 SURFACE = "surface"
 ALL = (*PURE, SURFACE)
-HEAD = ("target", "executions", "per s", "edges", "lines", "MiB", "grown", "result")
+HEAD = ("target", "min", "CPU min", "executions", "per s", "edges", "lines", "MiB", "grown", "result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Run:
     code: int
     executions: int
     took_s: float
+    cpu_s: float
     edges: int
     lines: tuple[int, int]
     peak: int
@@ -49,8 +51,10 @@ class Run:
         ran, total = self.lines
         return (
             self.name,
+            f"{self.took_s / 60:.1f}",
+            f"{self.cpu_s / 60:.1f}",
             f"{self.executions:,}",
-            f"{self.executions / max(1.0, self.took_s):,.0f}",
+            f"{self.executions / max(1.0, self.cpu_s):,.0f}",
             str(self.edges or "-"),
             f"{ran}/{total} ({ran / max(1, total):.0%})",
             f"{self.peak >> 20}",
@@ -70,12 +74,15 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
             sys.executable, "-m", module, name, str(seconds), str(corpus), stdout=file, stderr=file
         )
         sizes: list[int] = []
+        cpu_s = 0.0
         ended = asyncio.ensure_future(process.wait())
         try:
             async with asyncio.timeout(seconds + OVER_S):
                 while not ended.done():
                     with contextlib.suppress(psutil.Error):  # it may end meanwhile
-                        sizes.append(psutil.Process(process.pid).memory_info().rss)
+                        watched = psutil.Process(process.pid)
+                        sizes.append(watched.memory_info().rss)
+                        cpu_s = max(cpu_s, sum(watched.cpu_times()[:2]))
                     await asyncio.wait({ended}, timeout=LOOK_S)
             code = await ended
         finally:
@@ -93,6 +100,7 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
         code,
         executions=_number(r"stat::number_of_executed_units:\s*(\d+)", said) or _number(r"#(\d+)\s", said),
         took_s=took_s,
+        cpu_s=cpu_s,
         edges=_number(r"cov: (\d+)", said),
         lines=lines,
         peak=max(sizes, default=0),
