@@ -93,5 +93,5 @@ TARGET = Target(
         "tensor_codecs.dtypes",
     ),
     longest=2048,
-    short=2500,
+    short=1200,
 )
