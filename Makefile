@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup demo test test-all chaos soak docs check format bench proto clean
+.PHONY: setup demo test test-all chaos soak fuzz docs check format bench proto clean
 
 setup: $(INSTALLED)
 
@@ -37,6 +37,13 @@ chaos: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m slow -s tests/chaos/test_soak.py tests/api/test_processes.py
+
+# FUZZ_MINUTES (10) for each harness, FUZZ_JOBS (1) at a time; see tests/fuzz/__main__.py. atheris comes as a wheel for
+# Linux on x86-64, and is needed for nothing else.
+fuzz: export OMP_NUM_THREADS = 1
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fuzz]'
+	$(BIN)/python -m tests.fuzz $(FUZZ_TARGETS)
 
 # The parts of the docs that are read off the code; a test says if they are behind.
 docs: setup

@@ -6,6 +6,7 @@ import math
 from collections import deque
 
 LEAST_S = 1.0
+MOST_PRIOR_S = 60.0  # whatever peers say of themselves
 FACTOR = 3.0  # of what 95 % of the steps took
 REMEMBERED = 64  # steps
 SHARED = 16.0  # a token of a prefill takes about so many times less than one alone, until it is measured
@@ -31,7 +32,7 @@ class StepTimes:
 
     def allowance_s(self, tokens: int) -> float:
         """Seconds to wait for a step of `tokens` before asking."""
-        single_s = _p95(self._single_s, self.prior_s)
+        single_s = _p95(self._single_s, min(self.prior_s, MOST_PRIOR_S))
         per_token_s = _p95(self._per_token_s, single_s / SHARED)
         expected_s = single_s if tokens == 1 else single_s + tokens * per_token_s
         return max(LEAST_S, FACTOR * expected_s)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
 MAX_HEARD = 1024  # things that wait to be heard by one session
+MAX_HEARD_BYTES = PAYLOAD_BYTES  # of results among them
 
 Failed = TypeVar("Failed", bound=PotluckError)
 
@@ -36,6 +37,34 @@ class Heard:
 
     hop: Hop
     what: StepResult | Notice | PotluckError
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds of memory, roughly."""
+        return len(self.what.step.payload) if isinstance(self.what, StepResult) else 0
+
+
+class Inbox(asyncio.Queue[Heard]):
+    """What hops say to one session, until it listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._nbytes = 0
+
+    def hear(self, heard: Heard) -> None:
+        """Keeps it, unless the session is being flooded; what it then lacks it will ask for."""
+        fits = self.empty() or self._nbytes + heard.nbytes <= MAX_HEARD_BYTES
+        if fits and self.qsize() < MAX_HEARD:
+            self.put_nowait(heard)
+
+    def _put(self, item: Heard) -> None:
+        self._nbytes += item.nbytes
+        super()._put(item)
+
+    def _get(self) -> Heard:
+        item = super()._get()
+        self._nbytes -= item.nbytes
+        return item
 
 
 class Hop:
@@ -48,7 +77,7 @@ class Hop:
         inbox: of the session.
     """
 
-    def __init__(self, link: Link, channel: grpc.aio.Channel, secret: bytes, inbox: asyncio.Queue[Heard]) -> None:
+    def __init__(self, link: Link, channel: grpc.aio.Channel, secret: bytes, inbox: Inbox) -> None:
         self.link = link
         place = f"{link.peer.peer_id}:{link.span.start}".encode()
         self.session_id = hashlib.blake2b(place, key=secret, digest_size=SESSION_ID_BYTES).digest()
@@ -186,8 +215,7 @@ class Hop:
                 assert self._opened is not None
                 self._opened.set_result(what)
             return
-        if self._inbox.qsize() < MAX_HEARD:  # else it is being flooded; what is missing will be asked for
-            self._inbox.put_nowait(Heard(self, what))
+        self._inbox.hear(Heard(self, what))
 
     # ------------------------------------------------------------------ its end
 

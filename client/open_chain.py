@@ -24,7 +24,7 @@ from client.chunks import HopCost
 from client.config import ClientConfig
 from client.costs import HOP_MS, block_times_ms, ways_ms
 from client.deadline import SHARED
-from client.hop import Heard, Hop
+from client.hop import Hop, Inbox
 from client.inquest import Report
 from client.recovery import lacking, to_renew
 from client.times import Stopwatch, Times
@@ -138,7 +138,7 @@ class OpenChain:
         self.hops: list[Hop] = []
         self.is_whole = False
         self.epoch = 0
-        self.inbox: asyncio.Queue[Heard] = asyncio.Queue()
+        self.inbox = Inbox()
         self._spec = spec
         self._peers = peers
         self._blame = blame

@@ -12,6 +12,7 @@ import click
 
 from peer.config import SECTION, PeerConfig
 from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
+from protocol.descriptors import raise_limit
 from protocol.loop import new_event_loop
 from protocol.settings import load
 
@@ -44,6 +45,7 @@ def serve(**options: Any) -> None:
       python -m peer serve --model ~/models/qwen3-8b --device cuda --port 31331
     """
     config = load(PeerConfig, options, section=SECTION)
+    raise_limit()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(config, _dht_config(config)))
 

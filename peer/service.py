@@ -27,7 +27,7 @@ from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
-from protocol.frames import RequestAssembler
+from protocol.frames import RequestAssembler, held_bytes
 from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
 
@@ -143,8 +143,10 @@ class PeerService(pb_grpc.PeerServicer):
                     self._take(arriving, message)
                 except PotluckError as error:
                     self._tally.refusals[error.code] += 1
-                    refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
+                    refusal = Failure(error, step_ids.get(message.edge, 0)).to_proto().failure
                     await context.write(pb.PushReply(edge=message.edge, failure=refusal))
+                if message.edge not in arriving:
+                    step_ids.pop(message.edge, None)
         finally:
             for half in arriving.values():
                 half.release()
@@ -184,7 +186,7 @@ class PeerService(pb_grpc.PeerServicer):
     async def make_way(self, session: Session | None, message: pb.InferRequest) -> None:
         """Returns when there is room for the step that `message` begins, or none of its session is waiting: a pipeline
         that fills the message budget itself is held up; where others fill it, it is refused at once."""
-        nbytes, messages = message.step.payload_bytes, self._sessions.messages
+        nbytes, messages = held_bytes(message.step), self._sessions.messages
         if session is None or nbytes <= messages.bytes_left:
             return
         with contextlib.suppress(TimeoutError):  # then it is refused

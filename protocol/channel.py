@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 
+from protocol.descriptors import connections_at_most
 from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost
 from protocol.identity import Identity, common_name, load_certificate
+from protocol.limits import CONNECTION_IDLE_S, HANDSHAKE_S, MAX_ERROR_CHARS, METADATA_BYTES, STREAMS_PER_CONNECTION
+from protocol.messages import shown
 
 KEEPALIVE_EVERY_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 20_000
@@ -36,9 +39,18 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
 
 
 def server_options(max_message_bytes: int) -> list[Option]:
-    """Options of `grpc.aio.server` that match `open_channel`."""
+    """Options of `grpc.aio.server` that match `open_channel`, and what strangers may cost.
+
+    gRPC does not count connections by address, and lets nobody see them before their first call.
+    """
     return [
         *_shared_options(max_message_bytes),
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1e3)),
+        ("grpc.max_connection_idle_ms", int(CONNECTION_IDLE_S * 1e3)),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+        ("grpc.max_allowed_incoming_connections", connections_at_most()),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),  # else what is beyond is refused only now and then
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_GAP_MS),
         ("grpc.http2.max_ping_strikes", 0),  # pings that a line held back arrive all at once
         ("grpc.so_reuseport", 0),  # else a second server on the same port would silently take half the connections
@@ -92,7 +104,8 @@ def has_failed(channel: grpc.aio.Channel) -> bool:
 
 def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerError | BadMessage:
     """What a failed call means, where the peer did not send an error of its own."""
-    detail = f"{error.code().name.lower().replace('_', ' ')}: {error.details() or 'no details'}"
+    said = shown(error.details() or "no details", MAX_ERROR_CHARS)  # in part the other side's words
+    detail = f"{error.code().name.lower().replace('_', ' ')}: {said}"
     too_large = "larger than max" in (error.details() or "")  # grpc's words for a broken message limit
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not too_large:
         return PeerFull(f"the peer refused: {detail}", peer_id=peer_id)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage
-from protocol.limits import CHUNK_BYTES
+from protocol.limits import CHUNK_BYTES, HEADER_BYTES, HEADER_WEIGHT
 from protocol.messages import Close, Failure, Notice, Open, Opened, Route, Step, StepResult, check_tensors
 
 Request = Open | Route | Step | Close
@@ -31,6 +31,16 @@ def result_frames(result: StepResult) -> Iterator[pb.InferReply]:
     yield pb.InferReply(result=result.header(), chunk=payload[:CHUNK_BYTES])
     for offset in range(CHUNK_BYTES, len(payload), CHUNK_BYTES):
         yield pb.InferReply(more=pb.More(), chunk=payload[offset : offset + CHUNK_BYTES])
+
+
+def held_bytes(header: pb.Step) -> int:
+    """Memory that a step takes from its header on until it is done: its payload, and the header as objects."""
+    return header.payload_bytes + HEADER_WEIGHT * header.ByteSize()
+
+
+def _check_header(header: pb.Step) -> None:
+    if header.ByteSize() > HEADER_BYTES:
+        raise BadMessage(f"a step's header of {header.ByteSize()} bytes; {HEADER_BYTES} at most")
 
 
 class _Gather:
@@ -65,7 +75,7 @@ class RequestAssembler:
 
     Args:
         max_payload_bytes: a larger step is refused by its header, before its chunks are kept.
-        admit: told the size of each step's payload when its header arrives; raises to refuse it.
+        admit: told what each step will take of memory when its header arrives; raises to refuse it.
     """
 
     def __init__(self, max_payload_bytes: int, admit: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -92,9 +102,10 @@ class RequestAssembler:
                     f"a step of {message.step.payload_bytes} bytes; this peer takes {self._max_payload_bytes} at most: "
                     "send the prompt in smaller chunks"
                 )
+            _check_header(message.step)
             check_tensors(message.step.tensors, message.step.payload_bytes)
             self.refused = True
-            self._admit(message.step.payload_bytes)
+            self._admit(held_bytes(message.step))
             self.refused = False
             self._gather = _Gather(message.step, message.chunk)
             return self._finish()
@@ -134,7 +145,7 @@ class ReplyAssembler:
             self._gather = None
             return Failure.from_proto(message.failure)
         if kind == "notice":
-            return Notice(message.notice.state, message.notice.expected_ms)
+            return Notice.from_proto(message.notice)
         if self._gather is not None:
             if kind != "more":
                 raise BadMessage(f"a {kind} inside the payload of a result")
@@ -144,6 +155,7 @@ class ReplyAssembler:
             header = message.result.step
             if header.payload_bytes > self._max_payload_bytes:
                 raise BadMessage(f"a result of {header.payload_bytes} bytes, larger than asked for")
+            _check_header(header)
             check_tensors(header.tensors, header.payload_bytes)
             self._result = message.result
             self._gather = _Gather(header, message.chunk)

@@ -7,6 +7,7 @@ WIRE_VERSION = 3
 CHUNK_BYTES = 128 << 10  # payload bytes of one gRPC message: a slow line shows that it moves
 MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)  # a whole gRPC message: header and one chunk
 HEADER_BYTES = 48 << 10  # a step's header: tensor descriptions and cache operations
+HEADER_WEIGHT = 8  # times its bytes on the wire: about what a header takes once it is read
 PAYLOAD_BYTES = 256 << 20  # one step's payload over all its chunks
 
 SESSION_ID_BYTES = 16
@@ -22,3 +23,11 @@ MAX_BATCH = 1024  # rows of one session
 MAX_CACHE_OPS = 32
 MAX_NAME_CHARS = 64
 MAX_ERROR_CHARS = 2000
+MAX_RETRY_S = 3600.0  # that a peer may ask others to stay away
+MAX_STEP_MS = 3.6e6  # that a peer may say a step took
+
+HANDSHAKE_S = 10.0  # from a connection's first byte to the end of its TLS and HTTP/2 handshakes
+CONNECTION_IDLE_S = 600.0  # without a call; whoever comes back later connects anew
+STREAMS_PER_CONNECTION = 256  # calls at once over one connection
+METADATA_BYTES = 8 << 10  # headers of one call
+MAX_CONNECTIONS = 4096  # at once, of all addresses together; fewer where the system allows fewer descriptors

@@ -23,6 +23,8 @@ from protocol.limits import (
     MAX_ERROR_CHARS,
     MAX_NAME_CHARS,
     MAX_PEER_ID_CHARS,
+    MAX_RETRY_S,
+    MAX_STEP_MS,
     MAX_TENSORS,
     MAX_TRACE,
     PAYLOAD_BYTES,
@@ -182,6 +184,8 @@ class Opened:
     @classmethod
     def from_proto(cls, message: pb.Opened) -> Opened:
         _check_counts(message.next_step, message.tokens, message.kept_from)
+        if len(message.dtype) > MAX_NAME_CHARS:
+            raise BadMessage("a dtype's name is too long")
         return cls(message.next_step, message.tokens, message.kv_tokens_left, message.dtype, message.kept_from)
 
 
@@ -236,7 +240,7 @@ class HopTrace:
     @classmethod
     def from_proto(cls, message: pb.HopTrace) -> HopTrace:
         times = (message.queue_ms, message.compute_ms)
-        if not all(math.isfinite(time) and time >= 0 for time in times):
+        if not all(0 <= time <= MAX_STEP_MS for time in times):
             raise BadMessage("a step's times are no times")
         return cls(message.start, *times, message.kv_tokens_left)
 
@@ -300,7 +304,7 @@ class StepResult:
 
     @classmethod
     def from_proto(cls, message: pb.StepResult, payload: bytes) -> StepResult:
-        return cls(Step.from_proto(message.step, payload), message.undelivered[:MAX_ERROR_CHARS])
+        return cls(Step.from_proto(message.step, payload), shown(message.undelivered, MAX_ERROR_CHARS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +363,11 @@ class Notice:
     def to_proto(self) -> pb.InferReply:
         return pb.InferReply(notice=pb.Notice(state=self.state, expected_ms=self.expected_ms))
 
+    @classmethod
+    def from_proto(cls, message: pb.Notice) -> Notice:
+        is_time = 0 <= message.expected_ms <= MAX_STEP_MS
+        return cls(shown(message.state, MAX_NAME_CHARS), message.expected_ms if is_time else 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -384,14 +393,21 @@ class Failure:
 
     @classmethod
     def from_proto(cls, message: pb.Failure) -> Failure:
+        retry_after_s = message.retry_after_s
         error = from_wire(
             message.code,
-            message.message[:MAX_ERROR_CHARS],
+            shown(message.message, MAX_ERROR_CHARS),
             retryable=message.retryable,
-            retry_after_s=message.retry_after_s or None,
-            peer_id=message.peer_id or None,
+            retry_after_s=min(retry_after_s, MAX_RETRY_S) if retry_after_s > 0 else None,  # NaN is not
+            peer_id=shown(message.peer_id, MAX_PEER_ID_CHARS) or None,
         )
         return cls(error, message.step_id, message.fatal)
+
+
+def shown(text: str, most_chars: int) -> str:
+    """A stranger's text as it may be shown: without what would drive a terminal."""
+    text = text[:most_chars]
+    return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
 
 
 def _check_counts(*counts: int) -> None:

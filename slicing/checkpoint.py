@@ -30,6 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MOST = 2**48  # of any number: products of a few stay numbers that torch takes
 _ALIGNMENT = 64  # a cache line: no kernel looks further
 
 
@@ -60,7 +61,7 @@ def weight_map(source: ModelSource) -> dict[str, str]:
     if index is not None:
         try:
             entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BrokenCheckpoint(f"{INDEX} of {source.name!r} is malformed: {error!r}") from error
         # A name with a folder in it could point out of the model.
         if not isinstance(entries, dict) or not all(
@@ -94,7 +95,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
         tensors = {name: _stored(name, entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenCheckpoint(f"the header of {path.name} is malformed; download it again") from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
@@ -163,14 +164,18 @@ def read_tensor(path: Path, stored: StoredTensor) -> torch.Tensor:
             done += read
     finally:
         os.close(file)
-    return data.view(dtype).view(stored.shape)
+    try:
+        return data.view(dtype).view(stored.shape)
+    except RuntimeError as error:
+        raise BrokenCheckpoint(f"the tensor {stored.name} in {path.name} has a shape that none can have") from error
 
 
 def _stored(name: str, entry: Mapping[str, Any], data_start: int) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end:
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and 0 <= number < _MOST for number in (begin, end, *shape)) or end < begin:
         raise ValueError(name)
-    return StoredTensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), data_start + begin, end - begin)
+    return StoredTensor(name, str(entry["dtype"]), shape, data_start + begin, end - begin)
 
 
 def _remote_header(repo: str, shard: str, revision: str) -> dict[str, StoredTensor]:

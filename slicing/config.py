@@ -23,7 +23,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     """
     try:
         raw = json.loads(source.file("config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"config.json of {source.name!r} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise BrokenCheckpoint(f"config.json of {source.name!r} is not a JSON object")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
-LONG = ("e2e", "demo", "slicing/test_architectures.py", "sim", "dht", "slicing", "peer", "client")
+LONG = ("e2e", "fuzz", "demo", "slicing/test_architectures.py", "sim", "dht", "slicing", "peer", "client")
 """Longest first: folders, or modules of those that come later. All others take moments."""
 
 

@@ -70,7 +70,7 @@ def as_template_sees(message: Message) -> dict[str, Any]:
 def _object(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

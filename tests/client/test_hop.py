@@ -12,13 +12,14 @@ import grpc
 import grpc.aio
 import pytest
 
+from client import hop as module
 from client.chain import Link
-from client.hop import Heard, Hop
+from client.hop import Heard, Hop, Inbox
 from dht.record import PeerRecord
 from protocol.channel import server_credentials
 from protocol.errors import PeerLost
 from protocol.limits import WIRE_VERSION
-from protocol.messages import Open, Opened, Route
+from protocol.messages import Open, Opened, Route, Step, StepResult
 from protocol.span import Span
 from tests.harness import KnownPeers, identity
 
@@ -30,7 +31,7 @@ TIMEOUT_S = 20.0  # far more than an answer takes: who waits for it to pass has 
 
 
 @asynccontextmanager
-async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, asyncio.Queue[Heard]]]:
+async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, Inbox]]:
     """A hop to a peer that answers the first messages of a session, and each question for progress, with these bytes
     in turn."""
     said = iter(answers)
@@ -61,7 +62,7 @@ async def hop_to(*answers: bytes) -> AsyncIterator[tuple[Hop, asyncio.Queue[Hear
         codecs=("none",),
         wire_version=WIRE_VERSION,
     )
-    known, inbox = KnownPeers([record]), asyncio.Queue[Heard]()
+    known, inbox = KnownPeers([record]), Inbox()
     hop = Hop(Link(record, SPAN), known.channel(record), secrets.token_bytes(16), inbox)
     try:
         yield hop, inbox
@@ -90,3 +91,23 @@ async def test_nonsense_in_the_midst_of_a_session() -> None:
 async def test_nonsense_about_progress() -> None:
     async with hop_to(NONSENSE) as (hop, _):
         assert isinstance(await hop.progress(TIMEOUT_S), PeerLost)
+
+
+def heard(hop: Hop, nbytes: int) -> Heard:
+    return Heard(hop, StepResult(Step(1, 0, 0, (), bytes(nbytes))))
+
+
+async def test_what_nobody_listens_to_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_HEARD_BYTES", 100)
+    async with hop_to(OPENED) as (hop, inbox):
+        inbox.hear(heard(hop, 1000))  # one is always kept, however large
+        inbox.hear(heard(hop, 1))
+        assert inbox.qsize() == 1
+        inbox.get_nowait()
+        for _ in range(5):
+            inbox.hear(heard(hop, 40))
+        inbox.hear(Heard(hop, PeerLost("gone")))
+        assert [one.nbytes for one in (inbox.get_nowait(), inbox.get_nowait(), inbox.get_nowait())] == [40, 40, 0]
+        for _ in range(2 * module.MAX_HEARD):
+            inbox.hear(Heard(hop, PeerLost("gone")))
+        assert inbox.qsize() == module.MAX_HEARD

@@ -32,7 +32,7 @@ from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import server_credentials
 from protocol.errors import BadMessage, PeerFull, PeerLost, PotluckError, SessionLost, StaleEpoch
-from protocol.frames import Reply, ReplyAssembler, step_frames
+from protocol.frames import Reply, ReplyAssembler, held_bytes, step_frames
 from protocol.limits import CHUNK_BYTES, EDGE_BYTES, IN_FLIGHT, PAYLOAD_BYTES
 from protocol.messages import (
     HIDDEN,
@@ -491,7 +491,7 @@ async def test_a_stream_that_ends_within_a_payload_gives_its_budget_back(two: Pe
         await visit.open()
         first, *_ = cut(steps(TOKENS)[0], 100)
         await pusher.push(visit.edge, first)
-    held = 2 * 3 * WIDTH * 4
+    held = 2 * held_bytes(first.step)
     await until(lambda: host.messages.bytes_left == host.messages.bytes_total - held, "the halves to arrive")
     if ending == "cancel":
         pusher.cancel()

@@ -1,166 +1,29 @@
-"""Law 4 over real processes: no nonsense on the port ends a peer, disturbs a session, or stays in memory.
+"""Nonsense for a peer's port: bytes, ill-formed messages, and messages of a right session that are almost right.
 
-Five rounds of random and mutated byte strings and messages; a conversation goes on through all of them.
+All of it is drawn from the generator that is passed in: the same seed, the same nonsense.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import itertools
-import os
 import random
-import secrets
-import socket
-import ssl
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import grpc
-import grpc.aio
-import psutil
-import pytest
 import torch
-from torch import Tensor
 
-from client.model import SwarmModelForCausalLM
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
-from protocol.channel import open_channel
 from protocol.frames import step_frames
-from protocol.limits import CHUNK_BYTES, MESSAGE_BYTES
+from protocol.limits import CHUNK_BYTES
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, CacheOp, Open, Route, Step, TensorSpec
 from protocol.span import Span
 from tensor_codecs import codec, names
-from tests.e2e.support import answers_at_length, sessions_held, unsplit
-from tests.processes import PeerProcess, at_home, swarm, until
 from tests.slicing.architectures import N_BLOCKS
 
-SEED = int(os.environ.get("E2E_SEED", secrets.randbits(32)))
-"""Fresh in each run; E2E_SEED repeats one."""
-
-ROUNDS = 5
-RAW, TLS, BODIES, SEQUENCES, PUSHES, ASKED = 40, 20, 160, 150, 60, 20  # per round: 2,250 in all
 LARGEST_STEP = 2000  # tokens
-GROWTH_BYTES = 8 << 20
-WIDTH = 64
-CALL_S = 10.0
-LISTEN_S = 0.02
-AT_ONCE = 8
+WIDTH = 64  # of the tiny models' hidden states
 EPOCH = 1
-MESSAGE_MIB, WHOLE_BUDGET_TOKENS = 2, 8192  # one step of so many tokens is as large as all messages may be together
-UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping", "/potluck.Peer/Progress")
-INFER, PUSH, PROGRESS = "/potluck.Peer/Infer", "/potluck.Peer/Push", "/potluck.Peer/Progress"
-
-SINCERE_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10), "MALLOC_ARENA_MAX": "2"}
-"""glibc gives back what is freed, so that memory in use is memory that is held. By default it learns to keep blocks of
-up to 32 MiB: then one large step makes 30 MiB of difference, in whichever round it falls."""
-
-EXPECTED = {
-    "silence", "connection ended", "bytes back",  # to bytes on the socket
-    "reply", "FAILED_PRECONDITION", "NOT_FOUND",  # of Ping, Describe and Progress
-    "RESOURCE_EXHAUSTED",  # a message over the limit, which grpc itself refuses
-    "opened", "result", "more", "stream ended",
-    "bad-message", "bad-payload", "peer-full", "session-lost", "stale-epoch", "version-mismatch", "wrong-model",
-    "peer-lost",  # to a step that skips others: those before it were lost on their way
-    "push refused: bad-message", "push refused: peer-full", "push refused: stale-epoch",
-}  # fmt: skip
-
-PROMPT = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(5))
-TURN = 4  # tokens of the conversation per round
-
-
-def test_nonsense_on_the_port(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    print(f"E2E_SEED={SEED}")
-    for name, value in SINCERE_MALLOC.items():
-        monkeypatch.setenv(name, value)
-    folder = checkpoint("llama")
-    options = ("--resume-s", "1", "--kv-tokens", "16384", "--message-mib", str(MESSAGE_MIB))
-    with (
-        at_home(tmp_path),
-        swarm(tmp_path, folder, [f"0:{N_BLOCKS}"], *options, anew=True) as peers,
-        SwarmModelForCausalLM.from_pretrained(str(folder), join=peers.join, codec="none") as model,
-    ):
-        (peer,) = peers.peers
-        (record,) = model.swarm.view.online(model.swarm.view.models[0].fingerprint)
-        whole = unsplit(folder)
-        other = SwarmModelForCausalLM.from_pretrained(str(folder), swarm=model.swarm, codec="none")
-        for either in (model, other, whole):
-            answers_at_length(either)
-        expected = generated(whole, PROMPT, ROUNDS * TURN)
-        replies: Counter[str] = Counter()
-        used: list[int] = []
-        with model.session():
-            said = generated(model, PROMPT, TURN)
-            for number in range(ROUNDS):
-                replies += model.swarm.call(one_round(random.Random(f"{SEED} {number}"), record))
-                said = generated(model, said, TURN if number < ROUNDS - 1 else 0)  # the conversation goes on
-                until(lambda: sessions_held(model) <= 1, "the peer to drop the strangers' sessions")
-                with other.session():
-                    assert torch.equal(generated(other, PROMPT, TURN), expected[:, : PROMPT.shape[1] + TURN])
-                used.append(uss_bytes(peer))
-                print(f"round {number + 1}: {used[-1] / 2**20:.1f} MiB", dict(sorted(replies.items())))
-        assert torch.equal(said, expected)
-        until(lambda: sessions_held(model) == 0, "the peer to free all sessions")
-        assert peer.is_alive
-        assert "Traceback" not in peer.stderr
-        assert set(replies) <= EXPECTED  # no peer-fault: nothing ill-formed got as far as the computation
-        assert min(replies[kind] for kind in ("opened", "result", "bad-message")) > 100
-        assert min(replies[kind] for kind in ("NOT_FOUND", "push refused: stale-epoch")) > 20
-        # What the last round's sessions freed goes back to the system at the peer's next sweep.
-        sizes = [f"{size / 2**20:.1f} MiB" for size in used]
-        until(lambda: uss_bytes(peer) - used[1] <= GROWTH_BYTES, f"memory near that of round 2: {sizes}", timeout_s=15)
-        # Nothing that was cut off holds anything of the message budget: a step that needs all of it gets in.
-        (said_last,) = model.swarm.call(whole_budget(record))
-        assert "starts at token 7, the session is at 0" in said_last.message, said_last
-
-
-def uss_bytes(peer: PeerProcess) -> int:
-    """Memory that the peer shares with nobody."""
-    return int(psutil.Process(peer.pid).memory_full_info().uss)
-
-
-def generated(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
-    if not new_tokens:
-        return ids
-    tokens: Tensor = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
-    return tokens
-
-
-async def one_round(rng: random.Random, record: PeerRecord) -> Counter[str]:
-    """All kinds of nonsense, several at once. Returns what the peer said, counted."""
-    host, port = record.addresses[0].rsplit(":", 1)
-    channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=4 * MESSAGE_BYTES)
-    replies: Counter[str] = Counter()
-    gate = asyncio.Semaphore(AT_ONCE)
-
-    async def gated(attack: Coroutine[Any, Any, Sequence[str]]) -> None:
-        async with gate:
-            replies.update(await attack)
-
-    attacks: list[Coroutine[Any, Any, Sequence[str]]] = []
-    for secure in [False] * RAW + [True] * TLS:
-        attacks.append(asyncio.to_thread(garbage, host, int(port), noise(rng), secure=secure))
-    attacks += [bodies(channel, rng.choice((*UNARY, PUSH, INFER, INFER)), ill_formed(rng)) for _ in range(BODIES)]
-    attacks += [infer(channel, sequence(rng, record)) for _ in range(SEQUENCES)]
-    attacks += [push(channel, *pushed(rng, record)) for _ in range(PUSHES)]
-    attacks += [ask(channel, rng.randbytes(rng.choice((0, 1, 15, 16, 16, 17, 5000)))) for _ in range(ASKED)]
-    rng.shuffle(attacks)
-    attacks[:0] = [infer(channel, largest(rng, record)), push(channel, *largest_pushed(rng, record))]
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for attack in attacks:
-                tasks.create_task(gated(attack))
-    finally:
-        await channel.close(None)
-    return replies
-
-
-# ---------------------------------------------------------------------- bytes on the socket
 
 
 KNOWN = (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01", b"SSH-2.0-x\r\n")
@@ -170,29 +33,6 @@ def noise(rng: random.Random) -> bytes:
     """Random bytes, often with the beginning of something known."""
     beginning = rng.choice((b"", b"", *KNOWN))
     return beginning + rng.randbytes(rng.choice((0, 1, 9, 100, 3000)))
-
-
-def garbage(host: str, port: int, data: bytes, *, secure: bool) -> Sequence[str]:
-    """Bytes straight to the port, under TLS or not. Blocks."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
-    with contextlib.ExitStack() as stack:
-        try:
-            connection = stack.enter_context(socket.create_connection((host, port), CALL_S))
-            if secure:
-                connection = stack.enter_context(context.wrap_socket(connection))
-            connection.sendall(data)
-            connection.settimeout(LISTEN_S)
-            connection.recv(1 << 16)
-        except TimeoutError:
-            return ["silence"]
-        except OSError:
-            return ["connection ended"]
-    return ["bytes back"]
-
-
-# ---------------------------------------------------------------------- bytes for messages
 
 
 def ill_formed(rng: random.Random) -> list[bytes]:
@@ -217,105 +57,6 @@ def ill_formed(rng: random.Random) -> list[bytes]:
                     data += data[:at]
         found.append(bytes(data))
     return found
-
-
-async def bodies(channel: grpc.aio.Channel, method: str, sent: Sequence[bytes]) -> Sequence[str]:
-    """Bodies to a method, as they are."""
-    if method == PUSH:
-        return await push(channel, (), sent)
-    if method != INFER:
-        try:
-            await channel.unary_unary(method)(sent[0], timeout=CALL_S)
-        except grpc.aio.AioRpcError as error:
-            return [_status(error)]
-        return ["reply"]
-    return await infer(channel, sent)
-
-
-def _status(error: grpc.aio.AioRpcError) -> str:
-    # The peer is there, whatever it gets, and says so in time.
-    assert error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error
-    return str(error.code().name)
-
-
-async def infer(channel: grpc.aio.Channel, sent: Sequence[bytes]) -> Sequence[str]:
-    """One stream of `Infer`. Returns the kinds of replies, failures by their code."""
-    call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
-    listening = asyncio.create_task(replies_of(call))  # from the start: a refusal may end the stream under our hands
-    await write(call, sent)
-    return await listening
-
-
-async def push(channel: grpc.aio.Channel, sessions: Sequence[Sequence[bytes]], sent: Sequence[bytes]) -> Sequence[str]:
-    """One stream of `Push`, into `sessions` that their own streams of `Infer` open first. Returns what all of them
-    were told."""
-    calls, listening = [], []
-    for opening in sessions:
-        call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
-        calls.append(call)
-        answered = asyncio.Event()
-        listening.append(asyncio.create_task(replies_of(call, answered=answered)))
-        await write(call, opening, is_all=False)
-        await answered.wait()
-    pushing: Any = channel.stream_stream(PUSH)(timeout=CALL_S)
-    listening.append(asyncio.create_task(replies_of(pushing, named=refusal_of)))
-    await write(pushing, sent)
-    await asyncio.wait(listening[-1:])
-    for call in calls:
-        await write(call, ())
-    return [*itertools.chain(*await asyncio.gather(*listening))]
-
-
-async def ask(channel: grpc.aio.Channel, session_id: bytes) -> Sequence[str]:
-    """`Progress` of a session that there is not."""
-    return await bodies(channel, PROGRESS, [pb.ProgressRequest(session_id=session_id).SerializeToString()])
-
-
-async def write(call: Any, sent: Iterable[bytes], *, is_all: bool = True) -> None:
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        for body in sent:  # until the peer ends the stream; what it said is heard by who listens
-            await call.write(body)
-        if is_all:
-            await call.done_writing()
-
-
-def kind_of(body: bytes) -> str:
-    reply = pb.InferReply.FromString(body)
-    kind = reply.WhichOneof("kind")
-    return checked(reply.failure) if kind == "failure" else str(kind)
-
-
-def refusal_of(body: bytes) -> str:
-    return "push refused: " + checked(pb.PushReply.FromString(body).failure)
-
-
-def checked(failure: pb.Failure) -> str:
-    assert failure.message and "Traceback" not in failure.message
-    return failure.code
-
-
-async def replies_of(
-    call: Any, named: Callable[[bytes], str] = kind_of, answered: asyncio.Event | None = None
-) -> Sequence[str]:
-    """All that comes on a stream. `answered`: set as soon as anything came, or the stream ended."""
-    heard: list[str] = []
-    try:
-        while (body := await call.read()) is not grpc.aio.EOF:
-            heard.append(named(body))
-            if answered is not None:
-                answered.set()
-    except grpc.aio.AioRpcError as error:
-        if "SendMessageOperation" in (error.debug_error_string() or ""):
-            heard.append("stream ended")  # by a refusal, while we wrote: grpc tells the one or the other
-        else:
-            heard.append(_status(error))
-    finally:
-        if answered is not None:
-            answered.set()
-    return heard
-
-
-# ---------------------------------------------------------------------- messages that are almost right
 
 
 def valid(rng: random.Random, fingerprint: bytes | str, codec_name: str, edge: bytes = b"") -> list[Any]:
@@ -371,26 +112,6 @@ def largest_step() -> Iterable[pb.InferRequest]:
     data = codec("none").encode(torch.randn(1, LARGEST_STEP, WIDTH))
     spec = TensorSpec(HIDDEN, "none", "float32", (1, LARGEST_STEP, WIDTH), len(data))
     return step_frames(Step(EPOCH, 0, 0, (spec,), data))
-
-
-async def whole_budget(record: PeerRecord) -> list[pb.Failure]:
-    """What the peer says to a step that needs its whole message budget, and starts where it must not."""
-    nbytes = WHOLE_BUDGET_TOKENS * WIDTH * 4
-    assert nbytes == MESSAGE_MIB << 20
-    spec = TensorSpec(HIDDEN, "none", "float32", (1, WHOLE_BUDGET_TOKENS, WIDTH), nbytes)
-    opening = Open(secrets.token_bytes(16), EPOCH, record.fingerprint, Span(0, N_BLOCKS), "none", 1, 0)
-    messages = [opening.to_proto(), *step_frames(Step(EPOCH, 0, 7, (spec,), bytes(nbytes)))]
-    failures: list[pb.Failure] = []
-    channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
-    try:
-        call: Any = channel.stream_stream(INFER)(timeout=CALL_S)
-        await write(call, [message.SerializeToString() for message in messages], is_all=False)
-        while (body := await call.read()) is not grpc.aio.EOF:
-            reply = pb.InferReply.FromString(body)
-            failures += [reply.failure] if reply.WhichOneof("kind") == "failure" else []
-    finally:
-        await channel.close(None)
-    return failures
 
 
 def sequence(rng: random.Random, record: PeerRecord) -> list[bytes]:
