@@ -42,7 +42,8 @@ def _dht_config(config: DashboardConfig) -> DhtConfig:
     """The page's DHT settings: what its flags say, the rest from [dht]."""
     from dht.config import DhtConfig
 
-    return replace(load(DhtConfig, {}, section="dht"), join=config.join, new_swarm=False)
+    base = load(DhtConfig, {}, section="dht")
+    return replace(base, join=config.join, join_token=config.join_token or base.join_token, new_swarm=False)
 
 
 async def _serve(config: DashboardConfig, dht_config: DhtConfig) -> None:
