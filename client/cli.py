@@ -208,12 +208,15 @@ def _config(options: dict[str, Any]) -> ClientConfig:
     from dht.config import DhtConfig
     from dht.locate import locate_swarm
     from dht.probe import require_listener
+    from protocol.join_token import read_join_token
     from slicing.source import find_here
 
     config = load(ClientConfig, options, section=SECTION).with_lists()
     if config.model is not None:
         find_here(config.model)
     base = load(DhtConfig, {"join": config.join, "join_token": config.join_token}, section="dht")
+
+    read_join_token(base.join_token)
 
     async def locate() -> tuple[str, ...]:
         found = (await locate_swarm(base)).maddrs

@@ -11,6 +11,7 @@ import click
 
 from dashboard.config import SECTION, DashboardConfig
 from protocol.command import PotluckCommand, config_options, set_up_logging, tame_libraries
+from protocol.join_token import read_join_token
 from protocol.loop import new_event_loop
 from protocol.settings import load
 
@@ -43,7 +44,9 @@ def _dht_config(config: DashboardConfig) -> DhtConfig:
     from dht.config import DhtConfig
 
     base = load(DhtConfig, {}, section="dht")
-    return replace(base, join=config.join, join_token=config.join_token or base.join_token, new_swarm=False)
+    token = config.join_token or base.join_token
+    read_join_token(token)  # a mistake is told at once
+    return replace(base, join=config.join, join_token=token, new_swarm=False)
 
 
 async def _serve(config: DashboardConfig, dht_config: DhtConfig) -> None:

@@ -1,4 +1,4 @@
-"""A private swarm of real processes: with its token one is answered; without it, or with another one, one is told why."""
+"""A private swarm of real processes: with its token one is answered; without it, or with another, one is told why."""
 
 from __future__ import annotations
 
