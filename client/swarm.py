@@ -52,7 +52,7 @@ class Swarm:
 
     def __init__(self, config: ClientConfig) -> None:
         self.blame = Blame(config.avoid_s)
-        self.credentials = Credentials(ClientKey.ephemeral())  # until it is known which are kept
+        self._credentials: Credentials | None = None
         self.stopwatch = Stopwatch()
         self._config = config
         self._reader: SwarmReader | None = None
@@ -163,6 +163,11 @@ class Swarm:
 
     # ------------------------------------------------------------------ in the loop
 
+    def signed(self, request: Open, peer: PeerRecord) -> Open:
+        """The request, as this peer takes it from this client."""
+        assert self._credentials is not None, "sessions are opened once the swarm is joined"
+        return self._credentials.sign(request, peer.peer_id, time.time())
+
     async def look_again(self) -> None:
         """Refreshes the view; a swarm that does not answer leaves it as it is."""
         assert self._reader is not None
@@ -195,7 +200,7 @@ class Swarm:
         self._stop = asyncio.Event()
         given = {"join": self._config.join, "join_token": self._config.join_token}
         base = load(DhtConfig, given, section="dht")
-        self.credentials = await asyncio.to_thread(_credentials, self._config, base)
+        self._credentials = await asyncio.to_thread(_credentials, self._config, base)
         located = await locate_swarm(base)
         async with open_node(base, None, located.maddrs) as node, reading(node) as reader:
             self._reader = reader
@@ -268,7 +273,7 @@ class ModelPeers:
 
     def signed(self, request: Open, peer: PeerRecord) -> Open:
         """The request, as this peer takes it from this client."""
-        return self._swarm.credentials.sign(request, peer.peer_id, time.time())
+        return self._swarm.signed(request, peer)
 
     async def refresh(self) -> None:
         await self._swarm.look_again()

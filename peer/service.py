@@ -49,6 +49,7 @@ HELD_UP_S = 10.0  # for so long a step waits for those of its session that are b
 OPEN_S = 10.0  # from a stream's beginning, or its last refusal, until it opens a session
 STALL_S = 20.0  # between two messages of one step; a chunk of 128 KiB takes less on the slowest line
 SLOWEST_BYTES_S = 8 << 10  # a step that comes more slowly, after STALL_S, does not come
+PUSH_DEBT_S = 5.0  # pushes are refused that came so much faster than their client's rate
 DROP_S = 30.0  # for the rest of a step that was refused
 PUSH_IDLE_S = 600.0  # a stream of pushes without any; its other side ends it after half of that
 MOST_REFUSED = 256  # pushes in a row of which none is taken: whoever sends them has no session here
@@ -186,16 +187,16 @@ class PeerService(pb_grpc.PeerServicer):
                 step_ids[message.edge] = message.request.step.step_id
                 await self.make_way(self._sessions.at_edge(message.edge), message.request)
             try:
-                self._take(arriving, message)
-                refused = 0
+                if self._take(arriving, message):
+                    refused = 0
+                    if message.edge not in arriving:
+                        step_ids.pop(message.edge, None)
             except PotluckError as error:
                 self._tally.refusals[error.code] += 1
                 refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
                 refused += 1
-                if (
-                    not await _told(context, pb.PushReply(edge=message.edge, failure=refusal))
-                    or refused >= MOST_REFUSED
-                ):
+                reply = pb.PushReply(edge=message.edge, failure=refusal)
+                if not await _told(context, reply) or refused >= MOST_REFUSED:
                     return
 
     async def _next_push(
@@ -213,8 +214,8 @@ class PeerService(pb_grpc.PeerServicer):
             logger.info("a peer that pushed has fallen silent; its stream is ended")
             return None
 
-    def _take(self, arriving: dict[bytes, _Arriving], message: pb.PushRequest) -> None:
-        """One message of a push; `arriving`: the steps that are not whole yet, by edge.
+    def _take(self, arriving: dict[bytes, _Arriving], message: pb.PushRequest) -> bool:
+        """One message of a push; `arriving`: the steps that are not whole yet, by edge. Is it of any session?
 
         Raises:
             StaleEpoch: nobody takes steps under that token.
@@ -226,14 +227,15 @@ class PeerService(pb_grpc.PeerServicer):
         half = arriving.get(message.edge)
         if half is None:
             if kind == "more":
-                return  # of a step that was refused
+                return False  # of a step that was refused
             session = self._sessions.by_edge(message.edge)
             half = arriving[message.edge] = self.arriving()
             half.session = session
         try:
+            self._charge(half.session, message)
             step = half.feed(message.request)
             if not isinstance(step, Step):
-                return
+                return True
             session = self._sessions.by_edge(message.edge)
             if step.epoch != session.epoch:
                 raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
@@ -244,6 +246,18 @@ class PeerService(pb_grpc.PeerServicer):
         del arriving[message.edge]
         self.pushed += 1
         self.enqueue(session, half.hand_over(step, pushed=True))
+        return True
+
+    def _charge(self, session: Session | None, message: pb.PushRequest) -> None:
+        """A stream of pushes carries steps of many clients, so that it is not read more slowly for one of them.
+
+        Raises:
+            PeerFull: that one has sent far more than its rate.
+        """
+        account = None if session is None else session.account
+        pause_s = self.gate.accounts.pause_s(account, len(message.request.chunk), time.monotonic())
+        if pause_s > PUSH_DEBT_S and message.request.WhichOneof("kind") == "step":
+            raise PeerFull("more is pushed for this client than it may send", retry_after_s=pause_s)
 
     async def make_way(self, session: Session | None, message: pb.InferRequest) -> None:
         """Returns when there is room for the step that `message` begins, or none of its session is waiting: a pipeline

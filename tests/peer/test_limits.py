@@ -279,6 +279,19 @@ async def test_who_sends_much_is_read_slowly(checkpoint: Path) -> None:
         assert time.monotonic() - began_s > 0.4, "a chunk is read when those before it are paid for"
 
 
+async def test_pushes_are_on_the_account_of_the_sessions_client(checkpoint: Path) -> None:
+    """Whoever opened a session knows its edge, and could push there itself."""
+    async with peer(checkpoint, client_mib_s=0.25) as host, clients(host, None) as (greedy,):
+        edge = secrets.token_bytes(16)
+        await greedy.session(edge=edge)
+        account(host, greedy).traffic.take(7 * (1 << 18), time.monotonic())
+        call: Any = greedy.stub.Push()
+        await call.write(pb.PushRequest(edge=edge, request=next(iter(step_frames(step())))))
+        failure = Failure.from_proto((await call.read()).failure)
+        assert isinstance(failure.error, PeerFull) and failure.error.retry_after_s == pytest.approx(6.0, abs=0.9)
+        call.cancel()
+
+
 async def test_streams_from_one_address_are_counted(checkpoint: Path) -> None:
     async with peer(checkpoint, address_streams=3) as host, clients(host, None) as (greedy,):
         streams = [await greedy.session() for _ in range(3)]
