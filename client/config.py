@@ -131,8 +131,12 @@ class ClientConfig:
         Raises:
             ConfigError: a file cannot be read, or a name in it cannot mean a peer.
         """
-        names = {name: read_ids(getattr(self, name), f"--{name}") for name in ("route", "avoid", "trust")}
-        return replace(self, **names)
+        return replace(
+            self,
+            route=read_ids(self.route, "--route"),
+            avoid=read_ids(self.avoid, "--avoid"),
+            trust=read_ids(self.trust, "--trust"),
+        )
 
     @property
     def rules(self) -> Rules:
