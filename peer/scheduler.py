@@ -2,10 +2,10 @@
 
 Two promises, kept by what a pass may cost:
 
-- **Clients share alike.** With n clients at work, no pass takes more than n times what a decode step would alone, but
-  for the least piece of a prefill; and whoever was served least is served first. That holds for passes without them,
-  too, while they are in the middle of an answer: their next step may come at any moment, and would wait. A client with
-  a hundred sessions slows another one down as if it had one.
+- **Clients share alike.** With n clients at work, no pass takes more than n times what a decode step would alone; and
+  whoever was served least is served first. That holds for passes without them, too, while they are in the middle of an
+  answer: their next step may come at any moment, and would wait. A client with a hundred sessions slows another one
+  down as if it had one.
 - **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
   time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
   its speed.
@@ -167,11 +167,13 @@ class Scheduler:
         coming_ms = [due for due in due_ms if -late_ms < due <= left_ms]
         return max(0.0, min(left_ms, max(coming_ms) + late_ms)) if coming_ms else 0.0
 
-    def _decodes(self, line: Iterable[Waiting], costs: Costs, clients: Collection[str]) -> list[Piece]:
+    def _decodes(self, line: Sequence[Waiting], costs: Costs, clients: Collection[str]) -> list[Piece]:
         steps = [step for step in line if step.decodes]
         if not steps:
             return []
         limit_ms = _limit_ms({*clients, *(step.client for step in steps)}, steps, costs)
+        if any(not step.decodes for step in line):
+            limit_ms -= LEAST_PIECE * costs.token_ms  # which will be in the pass, too
         chosen: list[Piece] = []
         tokens = 0
         for step in steps:
