@@ -189,15 +189,15 @@ class PeerService(pb_grpc.PeerServicer):
             try:
                 if self._take(arriving, message):
                     refused = 0
-                    if message.edge not in arriving:
-                        step_ids.pop(message.edge, None)
             except PotluckError as error:
                 self._tally.refusals[error.code] += 1
-                refusal = Failure(error, step_ids.pop(message.edge, 0)).to_proto().failure
+                refusal = Failure(error, step_ids.get(message.edge, 0)).to_proto().failure
                 refused += 1
                 reply = pb.PushReply(edge=message.edge, failure=refusal)
                 if not await _told(context, reply) or refused >= MOST_REFUSED:
                     return
+            if message.edge not in arriving:
+                step_ids.pop(message.edge, None)
 
     async def _next_push(
         self, arriving: dict[bytes, _Arriving], requests: AsyncIterator[pb.PushRequest]
