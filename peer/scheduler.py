@@ -34,6 +34,9 @@ UNKNOWN_MS: Final = 10.0
 LEAST_MS: Final = 0.01
 REMEMBERED: Final = 16  # passes of each kind
 
+SHARED: Final = 0.9
+"""Of what a pass may cost that clients share: the rest is for what goes on around it."""
+
 GATHERING: Final = 0.9
 """Of the time of a pass: so long it may wait for steps that are due. Without them there would be two passes: whoever
 waits for less than the time of one, gains."""
@@ -110,7 +113,7 @@ class CostModel:
 def _limit_ms(clients: Collection[str], steps: Iterable[Waiting], costs: Costs) -> float:
     """What a pass may cost that several clients share, or would have to wait for. Who is alone shares with nobody."""
     least = min((step.tokens for step in steps if step.decodes), default=1)
-    return len(clients) * costs.of(least) if len(clients) > 1 else math.inf
+    return SHARED * len(clients) * costs.of(least) if len(clients) > 1 else math.inf
 
 
 class Scheduler:
@@ -193,7 +196,7 @@ class Scheduler:
         room = self._max_tokens - decoded
         if decoding:
             share = self._prefill_share
-            limit_ms = max(limit_ms, costs.of(1) / (1 - share))  # the operator's word goes before
+            limit_ms = max(limit_ms, SHARED * costs.of(1) / (1 - share))  # the operator's word goes before
             share_ms = min(costs.of(decoding) * share / (1 - share), limit_ms - costs.of(decoded))
             room = min(room, max(LEAST_PIECE, int(share_ms / costs.token_ms)))
         chosen: list[Piece] = []

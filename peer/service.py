@@ -463,9 +463,8 @@ class _Arriving:
         self.session: Session | None = None
         self._sessions = sessions
         self._held = MessageShare(sessions.messages)
-        self._header = pb.Step()
         self._account: Account | None = None  # that holds the two
-        self._nbytes = self._tokens = 0
+        self._nbytes = self._tokens = self._announced = 0
         self._due_s: float | None = None  # of a step that is not whole
         self._assembler = RequestAssembler(max_payload_bytes, self._admit)
 
@@ -473,7 +472,8 @@ class _Arriving:
         """See `RequestAssembler.feed`."""
         if self.session is not None:
             self.session.arriving_bytes += len(message.chunk)
-        self._header = message.step
+        if message.WhichOneof("kind") == "step":
+            self._announced = _tokens(message.step)  # the header itself would keep the message's chunk
         request = self._assembler.feed(message)
         if request is not None:
             self._due_s = None
@@ -481,14 +481,14 @@ class _Arriving:
 
     def _admit(self, nbytes: int) -> None:
         self._held.reserve(nbytes)
-        account, tokens = None if self.session is None else self.session.account, _tokens(self._header)
+        account = None if self.session is None else self.session.account
         if account is not None:
             try:
-                account.hold(nbytes, tokens, self._sessions.most_bytes(account))
+                account.hold(nbytes, self._announced, self._sessions.most_bytes(account))
             except PeerFull:
                 self._held.release()
                 raise
-            self._account, self._nbytes, self._tokens = account, nbytes, tokens
+            self._account, self._nbytes, self._tokens = account, nbytes, self._announced
         self._due_s = time.monotonic() + STALL_S + nbytes / SLOWEST_BYTES_S
 
     @property
@@ -516,7 +516,7 @@ class _Arriving:
         """Nothing more will arrive: gives back what is held, and forgets what there is."""
         self.release()
         self.session = None
-        del self._assembler, self._header
+        del self._assembler
 
 
 def _tokens(header: pb.Step) -> int:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
@@ -234,7 +235,7 @@ async def test_whoever_fills_the_cache_makes_room_when_others_come(checkpoint: P
         assert isinstance(error, PeerFull) and "50% of this peer's cache" in error.message
         assert isinstance(await mine.ask(*step_frames(step())), StepResult)
         assert isinstance(await streams[0].ask(*step_frames(step())), StepResult)
-        assert await polite.session(max_tokens=100)
+        assert await polite.session(max_tokens=200)
         assert host.sessions.preempted == 4
 
 
@@ -308,7 +309,7 @@ async def test_streams_from_one_address_are_counted(checkpoint: Path) -> None:
 
 
 async def test_a_stream_that_opens_nothing_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "OPEN_S", 0.2)
+    monkeypatch.setattr(service, "OPEN_S", 0.5)
     async with peer(checkpoint) as host, clients(host, None) as (idle,):
         silent = Stream(idle.stub)
         await until(lambda: bool(host.service.gate.accounts._streams), "the stream to be there")
@@ -317,7 +318,7 @@ async def test_a_stream_that_opens_nothing_is_cut_off(checkpoint: Path, monkeypa
         assert await silent.reply() is None
         await until(lambda: not host.service.gate.accounts._streams, "the stream to be gone")
         resting = await idle.session()
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.8)
         assert isinstance(await resting.ask(*step_frames(step())), StepResult), "with a session, one may rest"
 
 
@@ -357,7 +358,7 @@ async def test_a_step_that_drips_is_cut_off(checkpoint: Path, monkeypatch: pytes
         reply = await stream.reply()
         assert isinstance(reply, Failure) and isinstance(reply.error, PeerLost)
         dripping.cancel()
-        await asyncio.wait({dripping})
+        await asyncio.gather(dripping, return_exceptions=True)
         assert host.messages.bytes_left == host.messages.bytes_total
 
 
@@ -377,9 +378,10 @@ async def test_a_client_that_reads_nothing_is_cut_off(checkpoint: Path, monkeypa
         await until(lambda: host.service.begun > 1, "steps to come")
         await until(lambda: not host.service.gate.accounts._streams, "the stream to be gone")
         asking.cancel()
-        await asyncio.wait({asking})
+        await asyncio.gather(asking, return_exceptions=True)
         session = next(iter(host.sessions))
         assert session.attached == 0, "it waits for its client as one that lost its connection"
+        assert host.sessions.reclaim(time.monotonic() + host._config.resume_s + 1.0) == 1
         assert host.messages.bytes_left == host.messages.bytes_total
 
 
@@ -438,45 +440,46 @@ async def test_a_message_over_the_limit_is_refused(checkpoint: Path) -> None:
 
 # ---------------------------------------------------------------------------- fair between clients
 
-ALONE_TOKENS = 60
+PASS_S, TOKEN_S = 0.02, 0.00125  # of a device that takes so long for a pass, and for each token in it
 
 
 async def test_a_greedy_client_does_not_double_another_ones_time_between_tokens(checkpoint: Path) -> None:
-    """It opens sessions as fast as it can, sends a prompt in each, and asks on. What the peer computes between two
-    tokens of the polite one is counted, at the peer's own prices."""
+    """It opens sessions as fast as it can, sends a prompt in each, and asks on. The peer's device is a slow one: so what
+    is compared is what the peer does, not what this machine is busy with."""
     async with peer(checkpoint, kv_tokens=60_000, max_step_tokens=2048) as host, clients(host, None, None) as those:
         greedy, polite = those
-        passes: list[float] = []  # what each cost, in decode steps that are alone
         run = host.engine._worker.run
 
-        def counted(work: list[tuple[Work, int]]) -> Any:
-            costs = host.engine._costs.now(host.meter.step_ms)
-            passes.append(costs.of(sum(each.rows * tokens for each, tokens in work)) / costs.of(1))
-            return run(work)
+        def slow(work: list[tuple[Work, int]]) -> None:
+            began_s = time.perf_counter()
+            run(work)
+            wanted_s = PASS_S + TOKEN_S * sum(each.rows * tokens for each, tokens in work)
+            time.sleep(max(0.0, wanted_s - (time.perf_counter() - began_s)))
 
-        host.engine._worker.run = counted  # type: ignore[method-assign, assignment]
+        host.engine._worker.run = slow  # type: ignore[assignment, method-assign]
         stream = await polite.session()
-        assert await decode_costs(stream, passes, 5, first=0)
-        alone = await decode_costs(stream, passes, 20, first=5)
+        await stream.ask(*step_frames(step(0, 0, 64)))
+        alone_s = await between_tokens_s(stream, 25, first=1)
         flood = asyncio.create_task(flooding(greedy))
         try:
-            await until(lambda: len(host.sessions) > 20, "the flood")
-            beside = await decode_costs(stream, passes, ALONE_TOKENS, first=25)
+            await until(lambda: len(host.sessions) > 40, "the flood")
+            beside_s = await between_tokens_s(stream, 60, first=26)
         finally:
             flood.cancel()
-            await asyncio.wait({flood})
-        assert sorted(alone)[10] == pytest.approx(1.0, abs=0.01)
-        assert sum(beside) / len(beside) <= 2.0 * sum(alone) / len(alone), beside
+            await asyncio.gather(flood, return_exceptions=True)
+        assert len(host.sessions) > 1 and host.service.gate.accounts.of("", greedy.key.client_id, 0.0).tokens > 0
+        assert median(alone_s) > PASS_S
+        assert median(beside_s) <= 2.0 * median(alone_s), (median(alone_s), median(beside_s))
 
 
-async def decode_costs(stream: Stream, passes: list[float], tokens: int, first: int) -> list[float]:
-    """What the peer computed until each of so many tokens was there."""
-    costs = []
+async def between_tokens_s(stream: Stream, tokens: int, first: int) -> list[float]:
+    """The times between so many tokens of an answer."""
+    times_s, before_s = [], time.perf_counter()
     for number in range(first, first + tokens):
-        before = len(passes)
-        assert isinstance(await stream.ask(*step_frames(step(number, number, 1))), StepResult)
-        costs.append(sum(passes[before:]))
-    return costs
+        assert isinstance(await stream.ask(*step_frames(step(number, 63 + number, 1))), StepResult)
+        times_s.append(time.perf_counter() - before_s)
+        before_s += times_s[-1]
+    return times_s
 
 
 async def flooding(client: Client) -> None:
@@ -484,14 +487,16 @@ async def flooding(client: Client) -> None:
 
     async def one() -> None:
         stream = Stream(client.stub)
-        if not isinstance(await stream.ask(client.opening().to_proto()), Opened):
+        try:
+            if not isinstance(await stream.ask(client.opening().to_proto()), Opened):
+                return
+            await stream.send(Route(1, 0).to_proto(), *step_frames(step(0, 0, 256)))
+            await stream.reply()
+            for number in range(1, 100):
+                await stream.ask(*step_frames(step(number, 255 + number, 1)))
+            await stream.send(Close().to_proto())
+        finally:
             stream.call.cancel()
-            return
-        await stream.send(Route(1, 0).to_proto(), *step_frames(step(0, 0, 256)))
-        await stream.reply()
-        for number in range(1, 100):
-            await stream.ask(*step_frames(step(number, 255 + number, 1)))
-        await stream.send(Close().to_proto())
 
     async with asyncio.TaskGroup() as tasks:
         running: set[asyncio.Task[None]] = set()
@@ -499,4 +504,4 @@ async def flooding(client: Client) -> None:
             running = {task for task in running if not task.done()}
             if len(running) < 80:
                 running.add(tasks.create_task(one()))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.002)
