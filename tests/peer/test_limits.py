@@ -444,8 +444,8 @@ PASS_S, TOKEN_S = 0.02, 0.00125  # of a device that takes so long for a pass, an
 
 
 async def test_a_greedy_client_does_not_double_another_ones_time_between_tokens(checkpoint: Path) -> None:
-    """It opens sessions as fast as it can, sends a prompt in each, and asks on. The peer's device is a slow one: what is
-    compared is what the peer does, not what this machine is busy with."""
+    """It opens sessions as fast as it can, sends a prompt in each, and asks on. The peer's device is a slow one:
+    what is compared is what the peer does, not what this machine is busy with."""
     async with peer(checkpoint, kv_tokens=60_000, max_step_tokens=2048) as host, clients(host, None, None) as those:
         greedy, polite = those
         run = host.engine._worker.run
