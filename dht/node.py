@@ -83,9 +83,12 @@ class SwarmNode:
 
     @property
     def is_refused(self) -> bool:
-        """Have other nodes refused all that this one published so far?"""
+        """Have the nodes of the swarm that this one joined refused all that it published so far?
+
+        Newcomers do not tell whoever began a swarm that it is in the wrong one.
+        """
         said: Counter[str] = Counter() if self._daemon is None else self._daemon.verdicts
-        return said["refused"] > 0 and not said["taken"]
+        return bool(self._initial) and said["refused"] > 0 and not said["taken"]
 
     def now(self) -> float:
         """Seconds since 1970, the time that all nodes of a swarm share."""
