@@ -384,6 +384,7 @@ class _Visit:
             async with asyncio.timeout(left_s):
                 return await anext(requests, None)
         except TimeoutError:
+            arriving.release()
             what = "the rest of a step" if self._session is not None else "an opening"
             await self.client.fail(PeerLost(f"{what} did not come in time"), fatal=True)
             return None
