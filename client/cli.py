@@ -189,6 +189,15 @@ def api(**options: Any) -> None:
     serve(client, config, click.echo, lambda text: click.echo(f"· {text}", err=True))
 
 
+@cli.command("id")
+def show_id() -> None:
+    """Print the id by which peers know this machine's client: for their operators' lists."""
+    from dht.config import DhtConfig
+    from protocol.credentials import ClientKey
+
+    click.echo(ClientKey.load_or_create(load(DhtConfig, {}, section="dht").home_folder).client_id)
+
+
 def _config(options: dict[str, Any]) -> ClientConfig:
     """What was said, and where the swarm is: so that there is none is told before torch is imported, which takes
     seconds.
@@ -199,12 +208,15 @@ def _config(options: dict[str, Any]) -> ClientConfig:
     from dht.config import DhtConfig
     from dht.locate import locate_swarm
     from dht.probe import require_listener
+    from protocol.join_token import read_join_token
     from slicing.source import find_here
 
-    config = load(ClientConfig, options, section=SECTION)
+    config = load(ClientConfig, options, section=SECTION).with_lists()
     if config.model is not None:
         find_here(config.model)
-    base = load(DhtConfig, {"join": config.join}, section="dht")
+    base = load(DhtConfig, {"join": config.join, "join_token": config.join_token}, section="dht")
+
+    read_join_token(base.join_token)
 
     async def locate() -> tuple[str, ...]:
         found = (await locate_swarm(base)).maddrs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from client.rules import MIN_END_CHARS, Rules
 from protocol.errors import ConfigError
+from protocol.id_lists import read_ids
 
 SECTION = "client"
 
@@ -28,6 +29,17 @@ class ClientConfig:
     join: tuple[str, ...] = field(
         default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm; may be repeated."}
     )
+    join_token: str | None = field(
+        default=None,
+        metadata={"help": "Join token of a private swarm, or a file that holds it (which `ps` does not show)."},
+    )
+    keep_key: bool = field(
+        default=True,
+        metadata={
+            "help": "Sign with the key in Potluck's home folder, by which peers tell this client from others; off: with"
+            " a new one each time, so that they do not know that it is the same one."
+        },
+    )
     route: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -36,13 +48,16 @@ class ClientConfig:
         },
     )
     avoid: tuple[str, ...] = field(
-        default=(), metadata={"help": "Never use this peer: named as for --route; may be repeated."}
+        default=(),
+        metadata={
+            "help": "Never use this peer: named as for --route, or @FILE with one on each line; may be repeated."
+        },
     )
     trust: tuple[str, ...] = field(
         default=(),
         metadata={
             "help": "With --trusted-only, this peer may be used: its id or the end of it (anyone can take a public"
-            " name); may be repeated."
+            " name), or @FILE with one on each line; may be repeated."
         },
     )
     trusted_only: bool = field(default=False, metadata={"help": "Use the peers of --trust alone."})
@@ -101,7 +116,7 @@ class ClientConfig:
         for name in ("route", "avoid", "trust"):
             if isinstance(getattr(self, name), str) or not all(getattr(self, name)):
                 raise ConfigError(f"{name} is a list of peers, not {getattr(self, name)!r}")
-        if too_short := [name for name in self.trust if len(name) < MIN_END_CHARS]:
+        if too_short := [name for name in self.trust if len(name) < MIN_END_CHARS and not name.startswith("@")]:
             raise ConfigError(f"--trust takes {MIN_END_CHARS} or more characters of a peer's id, not {too_short[0]!r}")
         if self.draft is not None and self.speculate == "off":
             raise ConfigError(
@@ -109,6 +124,19 @@ class ClientConfig:
             )
         if self.trusted_only and not self.trust:
             raise ConfigError("--trusted-only leaves no peer: name those you trust with --trust PEER")
+
+    def with_lists(self) -> ClientConfig:
+        """The same, with the peers that are named in files instead of the files' names. Blocks on the disk.
+
+        Raises:
+            ConfigError: a file cannot be read, or a name in it cannot mean a peer.
+        """
+        return replace(
+            self,
+            route=read_ids(self.route, "--route"),
+            avoid=read_ids(self.avoid, "--avoid"),
+            trust=read_ids(self.trust, "--trust"),
+        )
 
     @property
     def rules(self) -> Rules:

@@ -296,7 +296,7 @@ class SwarmModelForCausalLM:
         """
         try:
             listed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
-            config = replace(config or ClientConfig(), **listed)
+            config = replace(config or ClientConfig(), **listed).with_lists()
         except TypeError as error:
             raise ConfigError(f"unknown setting: {error}") from error
         config = replace(config, join=tuple(join) or config.join, model=model or config.model)

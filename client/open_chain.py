@@ -61,6 +61,9 @@ class Peers(Protocol):
     def times(self) -> Times:
         """What this client has measured of the peers."""
 
+    def signed(self, request: Open, peer: PeerRecord) -> Open:
+        """The request, as this peer takes it from this client."""
+
     @property
     def stopwatch(self) -> Stopwatch:
         """To be told of their replies."""
@@ -409,7 +412,8 @@ class OpenChain:
         )
         patience_s = self._config.step_timeout_s if hop.begun else self._config.open_timeout_s
         try:
-            return await hop.attach(request, self._config.probe_timeout_s, patience_s)
+            signed = self._peers.signed(request, hop.link.peer)
+            return await hop.attach(signed, self._config.probe_timeout_s, patience_s)
         except PotluckError as error:
             return error
 

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -27,9 +28,12 @@ from dht.locate import locate_swarm
 from dht.node import open_node
 from dht.record import PeerRecord
 from dht.view import SwarmReader, SwarmView, reading
+from protocol.credentials import ClientKey, Credentials
 from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
+from protocol.join_token import read_join_token
 from protocol.limits import WIRE_VERSION
 from protocol.loop import new_event_loop
+from protocol.messages import Open
 from protocol.settings import load
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,7 @@ class Swarm:
 
     def __init__(self, config: ClientConfig) -> None:
         self.blame = Blame(config.avoid_s)
+        self._credentials: Credentials | None = None
         self.stopwatch = Stopwatch()
         self._config = config
         self._reader: SwarmReader | None = None
@@ -140,7 +145,10 @@ class Swarm:
         if len(names) == 1:
             return names[0]
         if not names:
-            raise UnknownModel("this swarm serves no model yet; name one with --model, or start a peer")
+            raise UnknownModel(
+                "this swarm serves no model that this client sees; start a peer, or, if the swarm is private, give its "
+                "join token (--join-token)"
+            )
         raise UnknownModel(f"this swarm serves {', '.join(names)}; name one of them with --model")
 
     def peers_of(self, fingerprint: str) -> ModelPeers:
@@ -154,6 +162,11 @@ class Swarm:
         return peers
 
     # ------------------------------------------------------------------ in the loop
+
+    def signed(self, request: Open, peer: PeerRecord) -> Open:
+        """The request, as this peer takes it from this client."""
+        assert self._credentials is not None, "sessions are opened once the swarm is joined"
+        return self._credentials.sign(request, peer.peer_id, time.time())
 
     async def look_again(self) -> None:
         """Refreshes the view; a swarm that does not answer leaves it as it is."""
@@ -185,7 +198,9 @@ class Swarm:
 
     async def _main(self) -> None:
         self._stop = asyncio.Event()
-        base = load(DhtConfig, {"join": self._config.join}, section="dht")
+        given = {"join": self._config.join, "join_token": self._config.join_token}
+        base = load(DhtConfig, given, section="dht")
+        self._credentials = await asyncio.to_thread(_credentials, self._config, base)
         located = await locate_swarm(base)
         async with open_node(base, None, located.maddrs) as node, reading(node) as reader:
             self._reader = reader
@@ -206,6 +221,16 @@ class Swarm:
         while True:
             await asyncio.sleep(self._config.refresh_s)
             await self.channels.forget_all_but(peer for peers in self.view.peers_by_model.values() for peer in peers)
+
+
+def _credentials(config: ClientConfig, base: DhtConfig) -> Credentials:
+    """With what sessions are opened. Blocks on the disk.
+
+    Raises:
+        ConfigError: the kept key is damaged, or the join token has a mistake.
+    """
+    key = ClientKey.load_or_create(base.home_folder) if config.keep_key else ClientKey.ephemeral()
+    return Credentials(key, read_join_token(base.join_token))
 
 
 class ModelPeers:
@@ -245,6 +270,10 @@ class ModelPeers:
     def times(self) -> Times:
         """What this client has measured itself."""
         return self._swarm.stopwatch.snapshot()
+
+    def signed(self, request: Open, peer: PeerRecord) -> Open:
+        """The request, as this peer takes it from this client."""
+        return self._swarm.signed(request, peer)
 
     async def refresh(self) -> None:
         await self._swarm.look_again()

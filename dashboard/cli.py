@@ -11,6 +11,7 @@ import click
 
 from dashboard.config import SECTION, DashboardConfig
 from protocol.command import PotluckCommand, config_options, set_up_logging, tame_libraries
+from protocol.join_token import read_join_token
 from protocol.loop import new_event_loop
 from protocol.settings import load
 
@@ -42,7 +43,10 @@ def _dht_config(config: DashboardConfig) -> DhtConfig:
     """The page's DHT settings: what its flags say, the rest from [dht]."""
     from dht.config import DhtConfig
 
-    return replace(load(DhtConfig, {}, section="dht"), join=config.join, new_swarm=False)
+    base = load(DhtConfig, {}, section="dht")
+    token = config.join_token or base.join_token
+    read_join_token(token)  # a mistake is told at once
+    return replace(base, join=config.join, join_token=token, new_swarm=False)
 
 
 async def _serve(config: DashboardConfig, dht_config: DhtConfig) -> None:

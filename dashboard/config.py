@@ -22,6 +22,10 @@ class DashboardConfig:
     join: tuple[str, ...] = field(
         default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm; may be repeated."}
     )
+    join_token: str | None = field(
+        default=None,
+        metadata={"help": "Join token of a private swarm, or a file that holds it (which `ps` does not show)."},
+    )
     host: str = field(
         default="127.0.0.1", metadata={"help": "IP address to show the page at; 0.0.0.0: to everybody who reaches it."}
     )

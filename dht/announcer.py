@@ -25,6 +25,10 @@ LOOK_EVERY_S = 1.0
 QUEUE_NEWS_MS = 20.0
 """A smaller change of the waiting time is no news: a queue of nearly nothing doubles all the time."""
 RETRY_AFTER_S = 2.0
+REFUSED = (
+    "the nodes of this swarm refuse what this peer says: if the swarm is private, give its join token (--join-token); "
+    "if it is open, leave the token out"
+)
 TOMBSTONE_MARGIN_S = 0.001
 """A node replaces a record only by one that expires later."""
 
@@ -156,9 +160,12 @@ class Announcer:
                 stored = await self._list_model(self._model)
             if stored:
                 self._last = Announced(record, time.monotonic())
-                self._failing = False
-            else:
+            if self._node.is_refused:
+                self._note_failure(REFUSED)
+            elif not stored:
                 self._note_failure("no node of the swarm took this peer's record; trying again")
+            else:
+                self._failing = False
             return stored
 
     def _note_failure(self, message: str) -> None:

@@ -13,6 +13,7 @@ from dht import ports
 from dht.config import DhtConfig
 from dht.maddr import Maddr
 from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
+from protocol.join_token import read_join_token
 from protocol.settings import load
 
 
@@ -31,6 +32,7 @@ def bootstrap(**flags: Any) -> None:
     ports.bind(config.host, config.port)  # mistakes are told before hivemind is imported, which takes seconds
     for text in config.join:
         Maddr.require(text)
+    read_join_token(config.join_token)
     tame_libraries()
     asyncio.run(_until_signal(config))
 

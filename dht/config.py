@@ -26,6 +26,10 @@ class DhtConfig:
         default=(), metadata={"help": "Address of a node of the swarm, /ip4/HOST/tcp/PORT/p2p/ID; may be repeated."}
     )
     new_swarm: bool = field(default=False, metadata={"help": "Start a new swarm, even where one could be found."})
+    join_token: str | None = field(
+        default=None,
+        metadata={"help": "Join token of a private swarm, or a file that holds it (which `ps` does not show)."},
+    )
     host: str = field(default=ALL_INTERFACES, metadata={"help": "IP address on which the DHT node listens."})
     port: int = field(default=0, metadata={"help": "TCP port of the DHT node; 0: the one of last time, else any."})
     announce_host: str | None = field(

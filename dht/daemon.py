@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,17 @@ PORT_ATTEMPTS = 3
 
 
 class Daemon:
-    """A p2pd child with the `DHTNode` that speaks through it. `maddrs`: how others reach it; empty for a client."""
+    """A p2pd child with the `DHTNode` that speaks through it.
 
-    def __init__(self, p2p: P2P, dht: DHTNode, maddrs: tuple[str, ...]) -> None:
+    Attributes:
+        maddrs: how others reach it; empty for a client.
+        verdicts: how often other nodes have `taken` or `refused` records of this one.
+    """
+
+    def __init__(self, p2p: P2P, dht: DHTNode, maddrs: tuple[str, ...], verdicts: Counter[str]) -> None:
         self._p2p = p2p
         self.dht = dht
+        self.verdicts = verdicts
         self.peer_id: str = dht.peer_id.to_base58()
         self.maddrs = maddrs
 
@@ -134,14 +141,15 @@ async def start_daemon(
                 cache_size=1,
                 reuse_get_requests=False,
             )
-        guard(dht.protocol)
+        verdicts: Counter[str] = Counter()
+        guard(dht.protocol, verdicts)
         maddrs = () if identity is None else best_first(str(m) for m in await p2p.get_visible_maddrs(latest=True))
     except BaseException as error:
         await _end_p2pd(p2p, config.stop_timeout_s)
         if isinstance(error, TimeoutError):
             raise SwarmNotFound(f"the swarm did not let this node in within {config.join_timeout_s:g} s") from None
         raise
-    return Daemon(p2p, dht, maddrs)
+    return Daemon(p2p, dht, maddrs, verdicts)
 
 
 async def _start_p2pd(config: DhtConfig, identity: Identity | None, key_path: Path | None, initial: list[str]) -> P2P:

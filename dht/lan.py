@@ -27,18 +27,21 @@ STOP_TIMEOUT_S = 3.0
 
 
 @contextlib.asynccontextmanager
-async def advertised(maddrs: Sequence[str], timeout_s: float) -> AsyncIterator[None]:
-    """Let others on the local network find this node while the body runs; without a network, do nothing."""
+async def advertised(maddrs: Sequence[str], timeout_s: float, swarm: str = "") -> AsyncIterator[None]:
+    """Let others on the local network find this node while the body runs; without a network, do nothing.
+
+    `swarm`: the name of a private one, whose members alone take it up.
+    """
     reachable = [maddr for text in maddrs if (maddr := Maddr.parse(text)) is not None and not maddr.is_loopback]
     if not reachable:
         yield
         return
-    async with background(_advertise(reachable[:MAX_MADDRS], timeout_s), "mdns-advertise"):
+    async with background(_advertise(reachable[:MAX_MADDRS], timeout_s, swarm=swarm), "mdns-advertise"):
         yield
 
 
-async def browse(timeout_s: float, interfaces: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Multiaddrs of the node that answers first; () if none does within `timeout_s`, or there is no network.
+async def browse(timeout_s: float, interfaces: Sequence[str] | None = None, swarm: str = "") -> tuple[str, ...]:
+    """Multiaddrs of the node of `swarm` that answers first; () if none does within `timeout_s`, or there is no network.
 
     Args:
         interfaces: IP addresses of the interfaces to listen on; default: all.
@@ -56,7 +59,9 @@ async def browse(timeout_s: float, interfaces: Sequence[str] | None = None) -> t
                 async with asyncio.timeout(timeout_s):
                     while True:
                         info = AsyncServiceInfo(SERVICE, await heard.get())
-                        if await info.async_request(network.zeroconf, timeout_s * 1000) and (found := _maddrs(info)):
+                        answered = await info.async_request(network.zeroconf, timeout_s * 1000)
+                        is_ours = (info.decoded_properties.get("swarm") or "") == swarm
+                        if answered and is_ours and (found := _maddrs(info)):
                             return found
             except TimeoutError:
                 return ()
@@ -67,14 +72,16 @@ async def browse(timeout_s: float, interfaces: Sequence[str] | None = None) -> t
         return ()
 
 
-async def _advertise(maddrs: Sequence[Maddr], timeout_s: float, interfaces: Sequence[str] | None = None) -> None:
+async def _advertise(
+    maddrs: Sequence[Maddr], timeout_s: float, interfaces: Sequence[str] | None = None, swarm: str = ""
+) -> None:
     addresses = [ipaddress.ip_address(maddr.host).packed for maddr in maddrs if _is_ip(maddr.host)]
     info = AsyncServiceInfo(
         SERVICE,
         f"{maddrs[0].peer_id[-24:]}.{SERVICE}",
         addresses=addresses,
         port=maddrs[0].port,
-        properties={f"maddr{index}": str(maddr) for index, maddr in enumerate(maddrs)},
+        properties={f"maddr{index}": str(maddr) for index, maddr in enumerate(maddrs)} | {"swarm": swarm},
         server=f"{maddrs[0].peer_id[-24:].lower()}.local.",
     )
     try:

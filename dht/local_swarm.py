@@ -30,23 +30,27 @@ Role = Literal["bootstrap", "peer"]
 
 @dataclass(frozen=True)
 class LocalNode:
-    """A node that runs on this machine. `started_at`: when its process started, seconds since 1970."""
+    """A node that runs on this machine. `started_at`: when its process started, seconds since 1970.
+
+    `swarm`: the name of its private swarm; empty: an open one.
+    """
 
     maddrs: tuple[str, ...]
     role: Role
     machine: str
     pid: int
     started_at: float
+    swarm: str = ""
 
 
 @contextlib.contextmanager
-def published(home: Path, maddrs: Sequence[str], role: Role) -> Iterator[None]:
+def published(home: Path, maddrs: Sequence[str], role: Role, swarm: str = "") -> Iterator[None]:
     """Let others on this machine find a node of this process while the body runs. Blocks on the disk.
 
     Raises:
         OSError: the file cannot be written.
     """
-    node = LocalNode(tuple(maddrs), role, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    node = LocalNode(tuple(maddrs), role, socket.gethostname(), os.getpid(), psutil.Process().create_time(), swarm)
     path = home / FOLDER / f"{node.pid}-{maddrs[0][-8:] if maddrs else role}.json"
     write_json(path, asdict(node))
     try:
@@ -55,8 +59,9 @@ def published(home: Path, maddrs: Sequence[str], role: Role) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def find(home: Path) -> tuple[LocalNode, ...]:
-    """Nodes that run on this machine: bootstrap nodes first, then the oldest. Removes files of dead ones. Blocks."""
+def find(home: Path, swarm: str = "") -> tuple[LocalNode, ...]:
+    """Nodes of `swarm` that run on this machine: bootstrap nodes first, then the oldest. Removes files of dead ones.
+    Blocks."""
     nodes = []
     for path in sorted((home / FOLDER).glob("*.json")):
         node = _parse(read_json(path))
@@ -65,7 +70,8 @@ def find(home: Path) -> tuple[LocalNode, ...]:
         if node is None or not _is_alive(node):
             path.unlink(missing_ok=True)
             continue
-        nodes.append(node)
+        if node.swarm == swarm:
+            nodes.append(node)
     return tuple(sorted(nodes, key=lambda node: (node.role != "bootstrap", node.started_at)))
 
 
@@ -82,11 +88,11 @@ def _parse(state: object) -> LocalNode | None:
     if not isinstance(state, dict):
         return None
     maddrs, role, machine = state.get("maddrs"), state.get("role"), state.get("machine")
-    pid, started_at = state.get("pid"), state.get("started_at")
+    pid, started_at, swarm = state.get("pid"), state.get("started_at"), state.get("swarm", "")
     if not isinstance(maddrs, list) or not all(isinstance(text, str) and Maddr.parse(text) for text in maddrs):
         return None
-    if role not in ("bootstrap", "peer") or not isinstance(machine, str):
+    if role not in ("bootstrap", "peer") or not isinstance(machine, str) or not isinstance(swarm, str):
         return None
     if type(pid) is not int or pid <= 0 or not isinstance(started_at, int | float):
         return None
-    return LocalNode(tuple(maddrs), role, machine, pid, float(started_at))
+    return LocalNode(tuple(maddrs), role, machine, pid, float(started_at), swarm)

@@ -15,6 +15,7 @@ from dht.config import DhtConfig
 from dht.maddr import EXAMPLE, Maddr
 from dht.probe import reachable
 from protocol.errors import ConfigError, SwarmNotFound
+from protocol.join_token import read_join_token
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ async def locate_swarm(config: DhtConfig, join: Sequence[str] = ()) -> Located:
     count; whether it is the right node, joining will tell.
 
     Raises:
-        ConfigError: an address is malformed, or the bootstrap list cannot be read.
+        ConfigError: an address or the join token is malformed, or the bootstrap list cannot be read.
         SwarmNotFound: none was found; the message says how to join one.
     """
     given = tuple(join) or config.join
@@ -48,21 +49,23 @@ async def locate_swarm(config: DhtConfig, join: Sequence[str] = ()) -> Located:
     if config.new_swarm:
         return Located((), "a new swarm")
     home = config.home_folder
+    token = await asyncio.to_thread(read_join_token, config.join_token)
+    swarm = "" if token is None else token.name
     if config.bootstrap_list is not None:
         found = await reachable(await read_bootstrap_list(config.bootstrap_list, config), config.probe_timeout_s)
         if found:
             return Located(found, "the bootstrap list")
     if config.local:
-        for node in await asyncio.to_thread(local_swarm.find, home):
+        for node in await asyncio.to_thread(local_swarm.find, home, swarm):
             # one node only: a second one might belong to another swarm, and joining both would merge them
             found = await reachable(node.maddrs, config.probe_timeout_s)
             if found:
                 return Located(found, "a node on this machine")
-    found = await reachable(await asyncio.to_thread(known_peers.load, home), config.probe_timeout_s)
+    found = await reachable(await asyncio.to_thread(known_peers.load, home, swarm), config.probe_timeout_s)
     if found:
         return Located(found, "known peers")
     if config.lan and not config.is_loopback:
-        found = await reachable(await lan.browse(config.lan_timeout_s), config.probe_timeout_s)
+        found = await reachable(await lan.browse(config.lan_timeout_s, swarm=swarm), config.probe_timeout_s)
         if found:
             return Located(found, "the local network")
     raise SwarmNotFound(

@@ -26,6 +26,7 @@ from dht.probe import unreachable
 from dht.validator import PotluckValidator, Verifier
 from protocol.errors import ConfigError, SwarmNotFound
 from protocol.identity import Identity
+from protocol.join_token import JoinToken, read_join_token
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,22 @@ class SwarmNode:
         maddrs: under which addresses others join through this node, best first; empty for a client.
         verifier: shared with readers, so that each record's signature is checked once.
         refused: records that this node did not store or believe, by reason; readers take and clear it.
+        swarm: by which a private swarm is told from others; empty: an open one.
     """
 
-    def __init__(self, config: DhtConfig, identity: Identity | None, initial: Sequence[Maddr]) -> None:
+    def __init__(
+        self,
+        config: DhtConfig,
+        identity: Identity | None,
+        initial: Sequence[Maddr],
+        token: JoinToken | None = None,
+    ) -> None:
         self.config = config
+        self.swarm = "" if token is None else token.name
         self.identity = identity
         self.peer_id = ""
         self.maddrs: tuple[str, ...] = ()
-        self.verifier = Verifier()
+        self.verifier = Verifier(token=token)
         self.refused: Counter[str] = Counter()
         self._daemon: Daemon | None = None
         self._initial = {maddr.peer_id: maddr for maddr in initial}
@@ -72,6 +81,15 @@ class SwarmNode:
         known = {**self._initial, **self._learned}
         return tuple(str(maddr) for maddr in known.values() if self._daemon.knows(maddr.peer_id))
 
+    @property
+    def is_refused(self) -> bool:
+        """Have the nodes of the swarm that this one joined refused all that it published so far?
+
+        Newcomers do not tell whoever began a swarm that it is in the wrong one.
+        """
+        said: Counter[str] = Counter() if self._daemon is None else self._daemon.verdicts
+        return bool(self._initial) and said["refused"] > 0 and not said["taken"]
+
     def now(self) -> float:
         """Seconds since 1970, the time that all nodes of a swarm share."""
         return time.time()
@@ -88,7 +106,8 @@ class SwarmNode:
             return False
         try:
             async with asyncio.timeout(self.config.store_timeout_s):
-                return bool(await self._daemon.dht.store(key, value, expires_at, subkey=self.peer_id))
+                place, sealed = self.verifier.place(key), self.verifier.seal(value)
+                return bool(await self._daemon.dht.store(place, sealed, expires_at, subkey=self.peer_id))
         except Exception as error:  # noqa: BLE001  # hivemind raises anything when its daemon is gone
             log.debug("storing %s failed: %r", key, error)
             return False
@@ -104,7 +123,8 @@ class SwarmNode:
         try:
             async with asyncio.timeout(self.config.read_timeout_s):
                 # One search per key: several large keys in one answer could exceed what the daemon passes.
-                found = await asyncio.gather(*(self._daemon.dht.get(key, latest=True) for key in keys))
+                places = [self.verifier.place(key) for key in keys]
+                found = await asyncio.gather(*(self._daemon.dht.get(place, latest=True) for place in places))
         except TimeoutError:
             raise SwarmNotFound(
                 f"the swarm did not answer within {self.config.read_timeout_s:g} s", retryable=True
@@ -145,7 +165,7 @@ class SwarmNode:
         met = self.met
         if set(met) - self._remembered:
             self._remembered = set(met)
-            await asyncio.to_thread(known_peers.remember, self.config.home_folder, met, self.now())
+            await asyncio.to_thread(known_peers.remember, self.config.home_folder, met, self.now(), self.swarm)
 
     @property
     def _running(self) -> Daemon:
@@ -185,11 +205,13 @@ async def open_node(
     Without an identity the node is a client: it listens nowhere, stores nothing for others, and cannot announce.
 
     Raises:
-        ConfigError: the port is taken, the host is no address of this machine, or a multiaddr is malformed.
+        ConfigError: the port is taken, the host is no address of this machine, or a multiaddr or the join token is
+            malformed.
         SwarmNotFound: none of `initial_peers` answers, or this machine's clock is off.
     """
     tame_hivemind_logs()
-    node = SwarmNode(config, identity, [Maddr.require(text) for text in initial_peers])
+    token = await asyncio.to_thread(read_join_token, config.join_token)
+    node = SwarmNode(config, identity, [Maddr.require(text) for text in initial_peers], token)
     with identity.key_file() if identity is not None else contextlib.nullcontext() as key_path:
         try:
             await node.open(key_path)

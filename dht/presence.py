@@ -22,11 +22,11 @@ async def findable(node: SwarmNode, config: DhtConfig, role: local_swarm.Role) -
     """As far as `config` allows, others find `node` while the body runs. What fails here is logged: it still serves."""
     async with contextlib.AsyncExitStack() as stack:
         if config.local:
-            state = local_swarm.published(config.home_folder, node.maddrs, role)
+            state = local_swarm.published(config.home_folder, node.maddrs, role, node.swarm)
             try:
                 await asyncio.to_thread(stack.enter_context, state)
             except OSError as error:
                 log.warning("others on this machine will not find this node: %s", error)
         if config.lan and not config.is_loopback:
-            await stack.enter_async_context(lan.advertised(node.maddrs, config.lan_timeout_s))
+            await stack.enter_async_context(lan.advertised(node.maddrs, config.lan_timeout_s, node.swarm))
         yield

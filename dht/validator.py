@@ -26,8 +26,10 @@ from dht.kademlia import (
     ValueWithExpiration,
 )
 from protocol.errors import BadRecord
+from protocol.join_token import NO_PROOF, JoinToken
+from protocol.limits import PROOF_BYTES
 
-MAX_PACKED_BYTES = MAX_RAW_BYTES + 16
+MAX_PACKED_BYTES = MAX_RAW_BYTES + PROOF_BYTES + 16
 MAX_REMEMBERED = 8192
 MAX_SUBKEYS = 1024
 MAX_BYTES_PER_KEY = 3 << 20
@@ -37,9 +39,14 @@ STORAGE_CLOCK_SLACK_S = 5.0
 
 
 class Verifier:
-    """`unseal` with a memory, shared by the validator (on the loop) and readers (in threads)."""
+    """`unseal` with a memory, shared by the validator (on the loop) and readers (in threads).
 
-    def __init__(self, capacity: int = MAX_REMEMBERED) -> None:
+    Args:
+        token: of a private swarm, whose members' records alone are taken; None: the swarm is open.
+    """
+
+    def __init__(self, capacity: int = MAX_REMEMBERED, token: JoinToken | None = None) -> None:
+        self._token = token
         self._capacity = capacity
         self._known: OrderedDict[bytes, Envelope | BadRecord] = OrderedDict()
         self._lock = threading.Lock()
@@ -50,6 +57,10 @@ class Verifier:
         Raises:
             BadRecord: likewise.
         """
+        if self._token is not None:
+            if not isinstance(raw, bytes) or len(raw) > MAX_RAW_BYTES + PROOF_BYTES:
+                raise BadRecord(NO_PROOF)
+            raw = self._token.unseal(raw)
         if not isinstance(raw, bytes) or len(raw) > MAX_RAW_BYTES:
             return unseal(raw)
         digest = hashlib.sha256(raw).digest()
@@ -69,6 +80,14 @@ class Verifier:
         if isinstance(known, BadRecord):
             raise BadRecord(known.message)
         return known
+
+    def place(self, key: str) -> str:
+        """Under what the records of `key` are kept in the DHT."""
+        return key if self._token is None else self._token.place(key)
+
+    def seal(self, raw: bytes) -> bytes:
+        """A record of this node's own, as `unseal` takes it."""
+        return raw if self._token is None else self._token.seal(raw)
 
 
 class PotluckValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind has no types
@@ -97,7 +116,7 @@ class PotluckValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind h
         envelope = self._verifier.unseal(_unpack(record.value))
         if _unpack(record.subkey) != envelope.signer:
             raise BadRecord("the subkey is not the signer")
-        if DHTID.generate(source=envelope.key).to_bytes() != record.key:
+        if DHTID.generate(source=self._verifier.place(envelope.key)).to_bytes() != record.key:
             raise BadRecord("the record lies under another key than it names")
         if record.expiration_time != envelope.expires_at:
             raise BadRecord("the record's expiry is not the signed one")
@@ -145,8 +164,10 @@ def _unpack(data: bytes) -> object:
         raise BadRecord("the record does not unpack") from None
 
 
-def guard(protocol: Any) -> None:
+def guard(protocol: Any, verdicts: Counter[str]) -> None:
     """Put a running node's protocol behind our bounds: capped storage, and answers of other nodes made harmless.
+
+    `verdicts`: counts what other nodes said to records of ours, `taken` or `refused`.
 
     hivemind believes two fields that no signature covers: an answer's own expiry (infinity would end a search early,
     hiding what honest nodes know) and a dictionary's `maxsize` (1 would make it forget, a text would raise).
@@ -157,13 +178,19 @@ def guard(protocol: Any) -> None:
             for subkey, entry in item.value.items():
                 storage.store_subkey(key, subkey, entry.value, entry.expiration_time)
     protocol.storage, protocol.cache = storage, CappedStorage()
-    call_find = protocol.call_find
+    call_find, call_store = protocol.call_find, protocol.call_store
+
+    async def told_call_store(*args: Any, **kwargs: Any) -> Any:
+        stored = await call_store(*args, **kwargs)
+        for answer in stored or ():
+            verdicts["taken" if answer else "refused"] += 1
+        return stored
 
     async def guarded_call_find(peer: Any, keys: Any) -> Any:
         found = await call_find(peer, keys)
         return None if found is None else {key: (_harmless(value), near) for key, (value, near) in found.items()}
 
-    protocol.call_find = guarded_call_find
+    protocol.call_find, protocol.call_store = guarded_call_find, told_call_store
 
 
 def _harmless(answer: Any) -> Any:

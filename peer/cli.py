@@ -58,6 +58,7 @@ def _dht_config(config: PeerConfig) -> DhtConfig:
     return replace(
         base,
         join=config.join,
+        join_token=config.join_token or base.join_token,
         new_swarm=config.new_swarm,
         host=config.host,
         port=config.dht_port,
@@ -66,16 +67,33 @@ def _dht_config(config: PeerConfig) -> DhtConfig:
     )
 
 
+@cli.command("join-token")
+def join_token() -> None:
+    """Print a new join token, for a swarm that only those who have it can join.
+
+    \b
+    Examples:
+      python -m peer join-token > ~/.potluck-token
+      python -m peer serve --new-swarm --join-token ~/.potluck-token
+    """
+    from protocol.join_token import JoinToken
+
+    click.echo(JoinToken.new().text)
+
+
 async def _look_first(config: PeerConfig, dht_config: DhtConfig) -> None:
     """A person's mistakes that can be told before torch and hivemind are imported, which takes seconds.
 
     Raises:
-        UserError: a port cannot be listened at, there is no such folder, or nobody is where the swarm should be.
+        UserError: the join token or a list has a mistake, a port cannot be listened at, there is no such folder, or
+            nobody is where the swarm should be.
     """
     from dht import ports
     from dht.probe import require_listener
+    from peer.gate import Entry
     from slicing.source import find_here
 
+    Entry.read(dht_config.join_token, config.allow, config.deny)
     for port in (config.port, dht_config.port):
         ports.bind(config.host, port)
     if config.model is not None:

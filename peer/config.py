@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peer.accounts import Allowance
 from protocol.errors import ConfigError
 from protocol.span import Span
 
@@ -35,6 +36,10 @@ class PeerConfig:
     )
     join: tuple[str, ...] = field(
         default=(), metadata={"help": "Address of a peer or bootstrap node of the swarm to join; may be repeated."}
+    )
+    join_token: str | None = field(
+        default=None,
+        metadata={"help": "Join token of a private swarm, or a file that holds it (which `ps` does not show)."},
     )
     new_swarm: bool = field(default=False, metadata={"help": "Start a swarm of one's own, whatever could be found."})
     host: str = field(default="0.0.0.0", metadata={"help": "Address to listen on; 127.0.0.1 for this machine only."})  # noqa: S104
@@ -64,6 +69,38 @@ class PeerConfig:
         default=None, metadata={"help": "Tokens kept for all sessions together. Not given: from free memory."}
     )
     max_sessions: int = field(default=256, metadata={"help": "Sessions at once."})
+    client_sessions: int = field(default=64, metadata={"help": "Sessions at once of one client."})
+    client_opens_per_s: float = field(
+        default=20.0, metadata={"help": "Sessions that one client may open per second; a hundred at once."}
+    )
+    client_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "How much of the cache, and of the memory for steps, one client may have while others have"
+            " sessions: with more it opens no further ones, and gives up its newest if others need room."
+        },
+    )
+    client_mib_s: float = field(
+        default=64.0, metadata={"help": "MiB per second of one client's steps; who sends more is read more slowly."}
+    )
+    clients_mib_s: float | None = field(
+        default=None, metadata={"help": "MiB per second of all clients' steps together. Not given: no limit."}
+    )
+    address_keys: int = field(
+        default=8, metadata={"help": "Clients that are told apart at one address; more of them count as one."}
+    )
+    address_streams: int = field(default=256, metadata={"help": "Streams that may be open from one address."})
+    allow: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Only this client may open sessions: its id (`python -m client id`), or @FILE with one on each"
+            " line; may be repeated. With the id of a peer: results are pushed to that one only."
+        },
+    )
+    deny: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "This client may open no sessions, or nothing is pushed to this peer; given as for --allow."},
+    )
     max_step_tokens: int = field(default=8192, metadata={"help": "Rows x tokens of one step."})
     max_batch: int = field(
         default=64, metadata={"help": "Sessions whose steps share one pass; 1: each has a pass of its own."}
@@ -108,6 +145,8 @@ class PeerConfig:
     metrics_host: str = field(default="127.0.0.1", metadata={"help": "Address on which metrics are served."})
     lan: bool = field(default=True, metadata={"help": "Announce and look for swarms in the local network (mDNS)."})
 
+    client_opens_at_once: int = 100
+    """Sessions that one client opens without a pause."""
     stop_grace_s: float = 1.0
     """For steps under way when the port closes; streams that only rest are held open for so long, too."""
 
@@ -132,6 +171,12 @@ class PeerConfig:
             "balance_every_s",
             "kv_tokens",
             "max_sessions",
+            "client_sessions",
+            "client_opens_per_s",
+            "client_mib_s",
+            "clients_mib_s",
+            "address_keys",
+            "address_streams",
             "max_step_tokens",
             "max_batch",
             "message_mib",
@@ -145,6 +190,8 @@ class PeerConfig:
                 raise ConfigError(f"{name} must be positive, not {value}")
         if not 0 < self.prefill_share < 1:
             raise ConfigError(f"--prefill-share must be between 0 and 1, not {self.prefill_share}")
+        if not 0 < self.client_share <= 1:
+            raise ConfigError(f"--client-share must be above 0 and at most 1, not {self.client_share}")
         if self.public_name is not None and not 1 <= len(self.public_name) <= 64:
             raise ConfigError("--public-name has 1 to 64 characters")
         if self.contact is not None and not 1 <= len(self.contact) <= 100:
@@ -152,6 +199,20 @@ class PeerConfig:
         for flag, value in (("--public-name", self.public_name), ("--contact", self.contact)):
             if value is not None and not value.isprintable():
                 raise ConfigError(f"{flag} has characters that cannot be shown: {value!a}")
+
+    @property
+    def allowance(self) -> Allowance:
+        """What one client may have."""
+        return Allowance(
+            sessions=self.client_sessions,
+            opens_per_s=self.client_opens_per_s,
+            opens_at_once=self.client_opens_at_once,
+            tokens=self.client_sessions * self.max_step_tokens,
+            bytes_per_s=self.client_mib_s * (1 << 20),
+            share=self.client_share,
+            keys=self.address_keys,
+            streams=self.address_streams,
+        )
 
     @property
     def span(self) -> Span | None:

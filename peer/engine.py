@@ -137,8 +137,8 @@ class Engine:
     async def _pass(self) -> None:
         costs = self._costs.now(self._meter.step_ms)
         waiting = [work.waiting() for work in self._waiting.values()]
-        decoding = sum(1 for _ in self._decoding(time.monotonic()))
-        pieces = self._scheduler.step(waiting, costs, decoding)
+        decoding = list(self._decoding(time.monotonic()))
+        pieces = self._scheduler.step(waiting, costs, len(decoding), {session.client for session in decoding})
         chosen = [(self._waiting[piece.number], self._tokens(piece)) for piece in pieces]
         if not chosen:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -16,10 +17,12 @@ import torch
 from dht.background import background
 from dht.record import State
 from peer import memory
+from peer.accounts import Accounts
 from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
 from peer.engine import Engine
+from peer.gate import Entry, Gate
 from peer.links import Resolve, open_links
 from peer.meter import Meter
 from peer.scheduler import Scheduler
@@ -84,6 +87,7 @@ class SpanHost:
         identity: Identity,
         config: PeerConfig,
         kv_tokens: int,
+        entry: Entry,
     ) -> None:
         self.model = model
         self.batches = ragged is not None
@@ -114,8 +118,10 @@ class SpanHost:
         worker = Worker(model, ragged, self.sessions, config.max_step_tokens)
         scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.prefill_share)
         self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
+        bytes_per_s = math.inf if config.clients_mib_s is None else config.clients_mib_s * (1 << 20)
+        gate = Gate(identity.peer_id, Accounts(config.allowance, bytes_per_s), entry)
         self.service = PeerService(
-            self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
+            gate, self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
         )
         self._server: grpc.aio.Server | None = None
 
@@ -128,6 +134,7 @@ class SpanHost:
         identity: Identity,
         config: PeerConfig,
         resolve: Resolve,
+        entry: Entry | None = None,
         *,
         last_port: int = 0,
     ) -> AsyncIterator[SpanHost]:
@@ -135,6 +142,7 @@ class SpanHost:
 
         Args:
             resolve: finds the records of the peers that come after this one in clients' chains.
+            entry: who may open sessions; None: everybody.
             last_port: taken again if `config.port` leaves it open, and nobody else took it meanwhile.
 
         Raises:
@@ -144,7 +152,7 @@ class SpanHost:
         per_token = await asyncio.to_thread(probe_kv_bytes, model)
         ragged = await asyncio.to_thread(batching, model, config.max_batch)
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
-        host = cls(model, ragged, served, identity, config, kv_tokens)
+        host = cls(model, ragged, served, identity, config, kv_tokens, entry or Entry())
         try:
             async with open_links(resolve, host.service.refused) as host.service.links:
                 await host._listen(last_port)

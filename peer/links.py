@@ -19,7 +19,7 @@ from dht.background import task_group
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.channel import connected, open_channel, peer_error
+from protocol.channel import connected, has_failed, open_channel, peer_error, why_unreachable
 from protocol.errors import PeerLost, PotluckError
 from protocol.frames import step_frames
 from protocol.limits import MESSAGE_BYTES
@@ -31,6 +31,7 @@ RESOLVE_TIMEOUT_S = 5.0  # to find a record that is not at hand; the client rela
 CONNECT_TIMEOUT_S = 1.0
 WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
 MAX_LINKS = 256
+UNREACHABLE = "the next peer cannot be reached from here"
 IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
 
 Resolve = Callable[[str, PeerRecord | None], Awaitable[PeerRecord | None]]
@@ -135,18 +136,20 @@ class _Link:
     async def _channel(self) -> grpc.aio.Channel:
         """A connected channel. A peer that came back may have another certificate by now: its record is read again."""
         tried: PeerRecord | None = None
+        why = ""
         while True:
             record = await self._record(tried)
             if record is None or not record.addresses:
                 raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
             if record == tried:
-                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id)
+                raise PeerLost(f"{UNREACHABLE}: {why}", peer_id=self._peer_id)
             channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
             if await connected(channel, CONNECT_TIMEOUT_S):
                 return channel
+            why = await why_unreachable(channel, CONNECT_TIMEOUT_S) if has_failed(channel) else "it does not answer"
             await channel.close(None)
             if tried is not None:
-                raise PeerLost("the next peer cannot be reached from here", peer_id=self._peer_id)
+                raise PeerLost(f"{UNREACHABLE}: {why}", peer_id=self._peer_id)
             tried = record
 
     async def _record(self, useless: PeerRecord | None) -> PeerRecord | None:

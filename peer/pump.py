@@ -25,6 +25,8 @@ from protocol.messages import Failure, Route, StepResult
 
 logger = logging.getLogger(__name__)
 
+SEND_TIMEOUT_S = 20.0  # one message; a client that takes none for so long is not waited for
+
 
 class ReplyStream:
     """What goes back to the client of one `Infer`; replies of several messages are not mixed.
@@ -42,7 +44,8 @@ class ReplyStream:
         async with self._lock:
             for reply in replies:
                 try:
-                    await self._context.write(reply)
+                    async with asyncio.timeout(SEND_TIMEOUT_S):
+                        await self._context.write(reply)
                 except Exception as error:  # grpc.aio has many words for it, none of them public
                     raise ClientLeft(str(error)) from error
 

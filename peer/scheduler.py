@@ -2,9 +2,10 @@
 
 Two promises, kept by what a pass may cost:
 
-- **Clients share alike.** With n clients at work, nobody's decode step shares a pass that takes more than n times what
-  it would alone; and whoever was served least is served first. A client with a hundred sessions slows another one down
-  as if it had one.
+- **Clients share alike.** With n clients at work, no pass takes more than n times what a decode step would alone; and
+  whoever was served least is served first. That holds for passes without them, too, while they are in the middle of an
+  answer: their next step may come at any moment, and would wait. A client with a hundred sessions slows another one
+  down as if it had one.
 - **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
   time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
   its speed.
@@ -12,6 +13,7 @@ Two promises, kept by what a pass may cost:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ MOST_TOKENS_OF_A_PASS: Final = 256.0
 UNKNOWN_MS: Final = 10.0
 LEAST_MS: Final = 0.01
 REMEMBERED: Final = 16  # passes of each kind
+
+SHARED: Final = 0.9
+"""Of what a pass may cost that clients share: the rest is for what goes on around it."""
 
 GATHERING: Final = 0.9
 """Of the time of a pass: so long it may wait for steps that are due. Without them there would be two passes: whoever
@@ -105,6 +110,12 @@ class CostModel:
         return Costs(pass_ms, max(token_ms, pass_ms / MOST_TOKENS_OF_A_PASS))
 
 
+def _limit_ms(clients: Collection[str], steps: Iterable[Waiting], costs: Costs) -> float:
+    """What a pass may cost that several clients share, or would have to wait for. Who is alone shares with nobody."""
+    least = min((step.tokens for step in steps if step.decodes), default=1)
+    return SHARED * len(clients) * costs.of(least) if len(clients) > 1 else math.inf
+
+
 class Scheduler:
     """Chooses passes. Remembers what each client was given, for as long as it has something to wait for.
 
@@ -120,11 +131,14 @@ class Scheduler:
         self._prefill_share = prefill_share
         self._served_ms: dict[str, float] = {}  # by client; only differences count
 
-    def step(self, waiting: Sequence[Waiting], costs: Costs, decoding: int) -> tuple[Piece, ...]:
+    def step(
+        self, waiting: Sequence[Waiting], costs: Costs, decoding: int, clients: Collection[str] = ()
+    ) -> tuple[Piece, ...]:
         """The next pass; empty if nothing waits. A step that cannot be packed has one of its own.
 
         Args:
             decoding: sessions that are in the middle of an answer, their steps here or elsewhere in their chains.
+            clients: whose these sessions are.
         """
         self._admit({step.client for step in waiting})
         line = self._in_turn(waiting)
@@ -135,8 +149,9 @@ class Scheduler:
             pieces = [Piece(first.number, first.tokens)]
         else:
             line = [step for step in line if step.packs and step.span == first.span]
-            pieces = self._decodes(line, costs)
-            pieces += self._prefills(line, costs, pieces, max(decoding, len(pieces)))
+            pieces = self._decodes(line, costs, clients)
+            limit_ms = _limit_ms({*clients, *(step.client for step in waiting)}, line, costs) if decoding else math.inf
+            pieces += self._prefills(line, costs, pieces, max(decoding, len(pieces)), limit_ms)
         self._charge(pieces, waiting, costs)
         return tuple(pieces)
 
@@ -155,15 +170,13 @@ class Scheduler:
         coming_ms = [due for due in due_ms if -late_ms < due <= left_ms]
         return max(0.0, min(left_ms, max(coming_ms) + late_ms)) if coming_ms else 0.0
 
-    def _decodes(self, line: Iterable[Waiting], costs: Costs) -> list[Piece]:
+    def _decodes(self, line: Sequence[Waiting], costs: Costs, clients: Collection[str]) -> list[Piece]:
         steps = [step for step in line if step.decodes]
-        least: dict[str, int] = {}
-        for step in steps:
-            least[step.client] = min(step.tokens, least.get(step.client, step.tokens))
         if not steps:
             return []
-        # A client that is alone shares with nobody.
-        limit_ms = len(least) * costs.of(min(least.values())) if len(least) > 1 else float("inf")
+        limit_ms = _limit_ms({*clients, *(step.client for step in steps)}, steps, costs)
+        if any(not step.decodes for step in line):
+            limit_ms -= LEAST_PIECE * costs.token_ms  # which will be in the pass, too
         chosen: list[Piece] = []
         tokens = 0
         for step in steps:
@@ -176,11 +189,16 @@ class Scheduler:
                 break
         return chosen
 
-    def _prefills(self, line: Iterable[Waiting], costs: Costs, decodes: Sequence[Piece], decoding: int) -> list[Piece]:
-        room = self._max_tokens - sum(piece.tokens for piece in decodes)
+    def _prefills(
+        self, line: Iterable[Waiting], costs: Costs, decodes: Sequence[Piece], decoding: int, limit_ms: float
+    ) -> list[Piece]:
+        decoded = sum(piece.tokens for piece in decodes)
+        room = self._max_tokens - decoded
         if decoding:
             share = self._prefill_share
-            room = min(room, max(LEAST_PIECE, int(costs.of(decoding) * share / (1 - share) / costs.token_ms)))
+            limit_ms = max(limit_ms, SHARED * costs.of(1) / (1 - share))  # the operator's word goes before
+            share_ms = min(costs.of(decoding) * share / (1 - share), limit_ms - costs.of(decoded))
+            room = min(room, max(LEAST_PIECE, int(share_ms / costs.token_ms)))
         chosen: list[Piece] = []
         for step in line:
             if step.decodes:

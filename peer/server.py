@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dht.announcer import Announcer, announcing
+from dht.announcer import REFUSED, Announcer, announcing
 from dht.background import background
 from dht.config import DhtConfig
 from dht.locate import Located, locate_swarm
@@ -24,8 +24,10 @@ from peer.balance import Balance
 from peer.config import PeerConfig
 from peer.finder import Finder
 from peer.first_span import FirstSpan
+from peer.gate import PEER, Entry, Lists
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
+from peer.links import Resolve
 from peer.loading import SpanLoader
 from peer.metrics import serving_metrics
 from peer.neighbours import Neighbours
@@ -96,6 +98,7 @@ async def open_peer(
         UserError: the model, the blocks, the port, the memory or the swarm cannot be used; each says what to do.
     """
     rng = random.Random()
+    entry = await asyncio.to_thread(Entry.read, dht_config.join_token, config.allow, config.deny)
     async with AsyncExitStack() as stack:
         identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
         found = await _locate(dht_config)
@@ -111,13 +114,15 @@ async def open_peer(
             url = await stack.enter_async_context(serving_metrics(standing, config.metrics_host, config.metrics_port))
             say(f"metrics at {url}")
         announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
+        if node.is_refused:
+            say(REFUSED)
         await stack.enter_async_context(findable(node, dht_config, "peer"))
         balance = Balance(standing, served, reader, _policy(config), rng)
         neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
         await stack.enter_async_context(background(neighbours.run(), "neighbours"))
         standing.rtts_ms = neighbours.rtts_ms
-        find = Finder(reader).find
-        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find)
+        find = _permitted(Finder(reader).find, entry.lists)
+        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find, entry=entry)
         hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
         await stack.enter_async_context(background(hosting.run(), "hosting"))
         await hosting.ready.wait()
@@ -173,6 +178,15 @@ async def _choose_model(config: PeerConfig, reader: SwarmReader) -> tuple[ModelS
     if known and served.fingerprint not in {model.fingerprint for model in known}:
         raise WrongModel(f"this swarm serves another model under the name {served.model!r}; use the same files")
     return source, served
+
+
+def _permitted(find: Resolve, lists: Lists) -> Resolve:
+    """As `find`, for peers to which this one may push; to others, clients carry results themselves."""
+
+    async def found(peer_id: str, useless: PeerRecord | None = None) -> PeerRecord | None:
+        return await find(peer_id, useless) if lists.permit(peer_id, PEER) else None
+
+    return found
 
 
 def _served(source: ModelSource) -> Served:

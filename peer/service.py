@@ -17,24 +17,42 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from peer.budget import MessageBudget, MessageShare
+from peer.accounts import Account, home_of
+from peer.budget import MessageShare
 from peer.compute import ComputeThread
 from peer.engine import Engine
+from peer.gate import Gate
 from peer.links import Links
-from peer.pump import Pump, ReplyStream
+from peer.pump import SEND_TIMEOUT_S, Pump, ReplyStream
 from peer.session import ClientLeft, Delivery, Session, SessionTable
 from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.errors import BadMessage, PotluckError, SessionLost, StaleEpoch, WireError
+from protocol.errors import (
+    BadMessage,
+    NotAdmitted,
+    PeerFull,
+    PeerLost,
+    PotluckError,
+    SessionLost,
+    StaleEpoch,
+    WireError,
+)
 from protocol.frames import RequestAssembler, held_bytes
 from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
-from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
+from protocol.messages import HIDDEN, Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
 
 logger = logging.getLogger(__name__)
 
 PING_BYTES = 64 << 10
 HELD_UP_S = 10.0  # for so long a step waits for those of its session that are before it
+OPEN_S = 10.0  # from a stream's beginning, or its last refusal, until it opens a session
+STALL_S = 20.0  # between two messages of one step; a chunk of 128 KiB takes less on the slowest line
+SLOWEST_BYTES_S = 8 << 10  # a step that comes more slowly, after STALL_S, does not come
+PUSH_DEBT_S = 5.0  # pushes are refused that came so much faster than their client's rate
+DROP_S = 30.0  # for the rest of a step that was refused
+PUSH_IDLE_S = 600.0  # a stream of pushes without any; its other side ends it after half of that
+MOST_REFUSED = 256  # pushes in a row of which none is taken: whoever sends them has no session here
 
 
 class UnreadableAsEmpty(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -59,6 +77,7 @@ class PeerService(pb_grpc.PeerServicer):
     """Serves one span.
 
     Args:
+        gate: says who may open sessions.
         describe: makes the current Description.
         max_payload_bytes: a larger step is refused by its header.
         tally: counts what comes, goes and is refused.
@@ -71,6 +90,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     def __init__(
         self,
+        gate: Gate,
         describe: Callable[[], pb.Description],
         sessions: SessionTable,
         engine: Engine,
@@ -80,6 +100,7 @@ class PeerService(pb_grpc.PeerServicer):
     ) -> None:
         self.links: Links | None = None
         self.begun = self.pushed = self.relayed = 0
+        self.gate = gate
         self._describe = describe
         self._sessions = sessions
         self._engine = engine
@@ -124,35 +145,77 @@ class PeerService(pb_grpc.PeerServicer):
         ).to_proto()
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
-        visit = _Visit(self, ReplyStream(context, self._tally), context.peer())
-        self._visits.add(visit)
+        async with self._counted(context):
+            visit = _Visit(self, ReplyStream(context, self._tally), context.peer())
+            self._visits.add(visit)
+            try:
+                await visit.run(requests)
+            finally:
+                self._visits.discard(visit)
+
+    @contextlib.asynccontextmanager
+    async def _counted(self, context: Any) -> AsyncIterator[None]:
+        """A stream, as one of those from its address; refused if there are too many."""
+        home = home_of(context.peer())
         try:
-            await visit.run(requests)
+            self.gate.accounts.enter(home)
+        except PeerFull as full:
+            self._tally.refusals[full.code] += 1
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full.message)
+        try:
+            yield
         finally:
-            self._visits.discard(visit)
+            self.gate.accounts.leave(home)
 
     async def Push(self, requests: AsyncIterator[pb.PushRequest], context: Any) -> None:  # noqa: N802
         arriving: dict[bytes, _Arriving] = {}
-        step_ids: dict[bytes, int] = {}  # of what arrives
-        try:
-            async for message in requests:
-                if message.request.WhichOneof("kind") == "step":
-                    step_ids[message.edge] = message.request.step.step_id
-                    await self.make_way(self._sessions.at_edge(message.edge), message.request)
-                try:
-                    self._take(arriving, message)
-                except PotluckError as error:
-                    self._tally.refusals[error.code] += 1
-                    refusal = Failure(error, step_ids.get(message.edge, 0)).to_proto().failure
-                    await context.write(pb.PushReply(edge=message.edge, failure=refusal))
-                if message.edge not in arriving:
-                    step_ids.pop(message.edge, None)
-        finally:
-            for half in arriving.values():
-                half.release()
+        async with self._counted(context):
+            try:
+                await self._take_all(arriving, requests, context)
+            finally:
+                for half in arriving.values():
+                    half.release()
 
-    def _take(self, arriving: dict[bytes, _Arriving], message: pb.PushRequest) -> None:
-        """One message of a push; `arriving`: the steps that are not whole yet, by edge.
+    async def _take_all(
+        self, arriving: dict[bytes, _Arriving], requests: AsyncIterator[pb.PushRequest], context: Any
+    ) -> None:
+        """All pushes of one stream, until it ends, or is of no use."""
+        step_ids: dict[bytes, int] = {}  # of what arrives
+        refused = 0  # in a row
+        while (message := await self._next_push(arriving, requests)) is not None:
+            if message.request.WhichOneof("kind") == "step":
+                step_ids[message.edge] = message.request.step.step_id
+                await self.make_way(self._sessions.at_edge(message.edge), message.request)
+            try:
+                if self._take(arriving, message):
+                    refused = 0
+            except PotluckError as error:
+                self._tally.refusals[error.code] += 1
+                refusal = Failure(error, step_ids.get(message.edge, 0)).to_proto().failure
+                refused += 1
+                reply = pb.PushReply(edge=message.edge, failure=refusal)
+                if not await _told(context, reply) or refused >= MOST_REFUSED:
+                    return
+            if message.edge not in arriving:
+                step_ids.pop(message.edge, None)
+
+    async def _next_push(
+        self, arriving: dict[bytes, _Arriving], requests: AsyncIterator[pb.PushRequest]
+    ) -> pb.PushRequest | None:
+        """None: the stream has ended, or nothing comes any more."""
+        now_s = time.monotonic()
+        left_s = min(
+            (left for half in arriving.values() if (left := half.patience_s(now_s)) is not None), default=PUSH_IDLE_S
+        )
+        try:
+            async with asyncio.timeout(left_s):
+                return await anext(requests, None)
+        except TimeoutError:
+            logger.info("a peer that pushed has fallen silent; its stream is ended")
+            return None
+
+    def _take(self, arriving: dict[bytes, _Arriving], message: pb.PushRequest) -> bool:
+        """One message of a push; `arriving`: the steps that are not whole yet, by edge. Is it of any session?
 
         Raises:
             StaleEpoch: nobody takes steps under that token.
@@ -164,14 +227,15 @@ class PeerService(pb_grpc.PeerServicer):
         half = arriving.get(message.edge)
         if half is None:
             if kind == "more":
-                return  # of a step that was refused
+                return False  # of a step that was refused
             session = self._sessions.by_edge(message.edge)
             half = arriving[message.edge] = self.arriving()
             half.session = session
         try:
+            self._charge(half.session, message)
             step = half.feed(message.request)
             if not isinstance(step, Step):
-                return
+                return True
             session = self._sessions.by_edge(message.edge)
             if step.epoch != session.epoch:
                 raise StaleEpoch(f"the session is at epoch {session.epoch}, not {step.epoch}")
@@ -181,7 +245,19 @@ class PeerService(pb_grpc.PeerServicer):
             raise
         del arriving[message.edge]
         self.pushed += 1
-        self.enqueue(session, step, half.hand_over(), pushed=True)
+        self.enqueue(session, half.hand_over(step, pushed=True))
+        return True
+
+    def _charge(self, session: Session | None, message: pb.PushRequest) -> None:
+        """A stream of pushes carries steps of many clients, so that it is not read more slowly for one of them.
+
+        Raises:
+            PeerFull: that one has sent far more than its rate.
+        """
+        account = None if session is None else session.account
+        pause_s = self.gate.accounts.pause_s(account, len(message.request.chunk), time.monotonic())
+        if pause_s > PUSH_DEBT_S and message.request.WhichOneof("kind") == "step":
+            raise PeerFull("more is pushed for this client than it may send", retry_after_s=pause_s)
 
     async def make_way(self, session: Session | None, message: pb.InferRequest) -> None:
         """Returns when there is room for the step that `message` begins, or none of its session is waiting: a pipeline
@@ -194,17 +270,23 @@ class PeerService(pb_grpc.PeerServicer):
                 while nbytes > messages.bytes_left and session.received > session.next_step:
                     await messages.freed()
 
-    def arriving(self) -> _Arriving:
-        return _Arriving(self._sessions.messages, self._max_payload_bytes)
+    async def slow_down(self, session: Session | None, nbytes: int) -> None:
+        """`nbytes` have come from a client: whoever sends more than its rate is read later, and so has to wait."""
+        account = None if session is None else session.account
+        if pause_s := self.gate.accounts.pause_s(account, nbytes, time.monotonic()):
+            await asyncio.sleep(pause_s)
 
-    def enqueue(self, session: Session, step: Step, nbytes: int, *, pushed: bool) -> None:
-        """The step has arrived whole; `nbytes` of the message budget are its own until it is computed."""
+    def arriving(self) -> _Arriving:
+        return _Arriving(self._sessions, self._max_payload_bytes)
+
+    def enqueue(self, session: Session, delivery: Delivery) -> None:
+        """A step has arrived whole; what it holds of the message budget is its own until it is computed."""
         if session.broken:  # dropped while the step arrived: nobody would compute it, or give the bytes back
-            self._sessions.messages.release(nbytes)
+            delivery.release(self._sessions.messages)
             raise SessionLost("this peer does not hold that session any more; replay it")
-        session.received = max(session.received, step.step_id + 1)
+        session.received = max(session.received, delivery.step.step_id + 1)
         session.last_used_s = time.monotonic()
-        session.deliveries.put_nowait(Delivery(step, time.perf_counter(), nbytes, pushed))
+        session.deliveries.put_nowait(delivery)
 
     def refused(self, edge: bytes, error: PotluckError, step_id: int) -> None:
         """The next peer did not take a step: the client is asked to carry it there, and hears what is wrong."""
@@ -269,9 +351,10 @@ class _Visit:
             del session, self._tasks, self._reading, self._pumping
 
     async def _read(self, requests: AsyncIterator[pb.InferRequest], arriving: _Arriving) -> None:
-        async for message in requests:
+        while (message := await self._next(requests, arriving)) is not None:
             try:
                 arriving.session = self._session
+                await self._service.slow_down(self._session, len(message.chunk))
                 await self._service.make_way(self._session, message)
                 request = arriving.feed(message)
                 if isinstance(request, Close):
@@ -285,18 +368,34 @@ class _Visit:
                     self._enqueue(request, arriving)
             except PotluckError as error:
                 # A step that was refused by its header goes on arriving: only a new stream is in order again.
-                fatal = isinstance(error, WireError) or arriving.refused
+                fatal = isinstance(error, WireError | NotAdmitted) or arriving.refused
                 arriving.release()
                 await self.client.fail(error, _step_id(message), fatal=fatal)
                 if fatal:
                     await _drop_payload(message, requests)
                     return
 
+    async def _next(self, requests: AsyncIterator[pb.InferRequest], arriving: _Arriving) -> pb.InferRequest | None:
+        """None: the stream has ended, or what has begun on it does not go on."""
+        left_s = arriving.patience_s(time.monotonic())
+        if left_s is None and self._session is None:
+            left_s = OPEN_S
+        try:
+            async with asyncio.timeout(left_s):
+                return await anext(requests, None)
+        except TimeoutError:
+            arriving.release()
+            what = "the rest of a step" if self._session is not None else "an opening"
+            await self.client.fail(PeerLost(f"{what} did not come in time"), fatal=True)
+            return None
+
     async def _open(self, request: Open) -> None:
         mine = self._session
         if mine is not None and (request.session_id != mine.session_id or not request.resume):
             raise BadMessage("a stream carries one session")
-        session = self._session = self._service.sessions.open(request, time.monotonic(), self._connection)
+        now_s = time.monotonic()
+        account = self._service.gate.admit(request, self._connection, now_s, time.time())
+        session = self._session = self._service.sessions.open(request, now_s, account)
         if mine is not None:
             session.attached -= 1  # the same stream, a new epoch
         else:
@@ -326,6 +425,10 @@ class _Visit:
             self._pumping.cancel()
             await asyncio.wait({self._pumping})
 
+    def end(self) -> None:
+        """The session was dropped: the client hears that by the stream's end."""
+        self._reading.cancel()
+
     async def _pump(self, session: Session) -> None:
         await self._service.pump(session, self.client).run()
         self._reading.cancel()
@@ -336,7 +439,7 @@ class _Visit:
             self._service.begun += 1
         else:
             self._service.relayed += 1
-        self._service.enqueue(session, step, arriving.hand_over(), pushed=False)
+        self._service.enqueue(session, arriving.hand_over(step, pushed=False))
 
     def _opened_session(self) -> Session:
         if self._session is None:
@@ -355,30 +458,60 @@ class _Visit:
 
 
 class _Arriving:
-    """What arrives on one stream and is not whole yet, and what that holds of the message budget."""
+    """What arrives on one stream and is not whole yet, and what that holds of the message budget and an account."""
 
-    def __init__(self, budget: MessageBudget, max_payload_bytes: int) -> None:
+    def __init__(self, sessions: SessionTable, max_payload_bytes: int) -> None:
         self.session: Session | None = None
-        self._held = MessageShare(budget)
-        self._assembler = RequestAssembler(max_payload_bytes, self._held.reserve)
+        self._sessions = sessions
+        self._held = MessageShare(sessions.messages)
+        self._account: Account | None = None  # that holds the two
+        self._nbytes = self._tokens = self._announced = 0
+        self._due_s: float | None = None  # of a step that is not whole
+        self._assembler = RequestAssembler(max_payload_bytes, self._admit)
 
     def feed(self, message: pb.InferRequest) -> Open | Route | Step | Close | None:
         """See `RequestAssembler.feed`."""
         if self.session is not None:
             self.session.arriving_bytes += len(message.chunk)
-        return self._assembler.feed(message)
+        if message.WhichOneof("kind") == "step":
+            self._announced = _tokens(message.step)  # the header itself would keep the message's chunk
+        request = self._assembler.feed(message)
+        if request is not None:
+            self._due_s = None
+        return request
+
+    def _admit(self, nbytes: int) -> None:
+        self._held.reserve(nbytes)
+        account = None if self.session is None else self.session.account
+        if account is not None:
+            try:
+                account.hold(nbytes, self._announced, self._sessions.most_bytes(account))
+            except PeerFull:
+                self._held.release()
+                raise
+            self._account, self._nbytes, self._tokens = account, nbytes, self._announced
+        self._due_s = time.monotonic() + STALL_S + nbytes / SLOWEST_BYTES_S
 
     @property
     def refused(self) -> bool:
         """Was the last step refused by its header, while the rest of it may still arrive?"""
         return self._assembler.refused
 
-    def hand_over(self) -> int:
-        """The bytes that are held now belong to the caller."""
-        return self._held.hand_over()
+    def patience_s(self, now_s: float) -> float | None:
+        """Seconds until more has to be there; None: no step has begun."""
+        return None if self._due_s is None else max(0.0, min(STALL_S, self._due_s - now_s))
+
+    def hand_over(self, step: Step, *, pushed: bool) -> Delivery:
+        """The step that is whole, with what was held for it."""
+        account, tokens, self._account = self._account, self._tokens, None
+        return Delivery(step, time.perf_counter(), self._held.hand_over(), pushed, account, tokens if account else 0)
 
     def release(self) -> None:
         self._held.release()
+        self._due_s = None
+        if self._account is not None:
+            self._account.release(self._nbytes, self._tokens)
+            self._account = None
 
     def end(self) -> None:
         """Nothing more will arrive: gives back what is held, and forgets what there is."""
@@ -387,17 +520,36 @@ class _Arriving:
         del self._assembler
 
 
+def _tokens(header: pb.Step) -> int:
+    """Rows x tokens of a step, as its header says."""
+    hidden = [tensor for tensor in header.tensors if tensor.name == HIDDEN and len(tensor.shape) >= 3]
+    return sum(tensor.shape[-3] * (tensor.keep or tensor.shape[-2]) for tensor in hidden)
+
+
+async def _told(context: Any, reply: pb.PushReply) -> bool:
+    """Has the other side taken that answer?"""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await context.write(reply)
+    except TimeoutError:
+        logger.info("a peer that pushes does not read what it is told; its stream is ended")
+        return False
+    return True
+
+
 async def _drop_payload(message: pb.InferRequest, requests: AsyncIterator[pb.InferRequest]) -> None:
     """Reads what still comes of a refused step, without keeping it: a stream that ends under a client's writes would
     hide the refusal from it."""
     if message.WhichOneof("kind") != "step":
         return
     missing = min(message.step.payload_bytes, PAYLOAD_BYTES) - len(message.chunk)
-    while missing > 0:
-        more = await anext(requests, None)
-        if more is None or not more.chunk:
-            return
-        missing -= len(more.chunk)
+    with contextlib.suppress(TimeoutError):  # whoever takes longer hears of it by the stream's end
+        async with asyncio.timeout(DROP_S):
+            while missing > 0:
+                more = await anext(requests, None)
+                if more is None or not more.chunk:
+                    return
+                missing -= len(more.chunk)
 
 
 def _step_id(message: pb.InferRequest) -> int:

@@ -14,8 +14,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from peer.accounts import Account
 from peer.budget import RETRY_AFTER_S, JournalBudget, KvBudget, MessageBudget
-from protocol.errors import BadMessage, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
+from protocol.errors import BadMessage, NotAdmitted, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
 from protocol.journal import Entry, StepLog
 from protocol.messages import CacheOp, HopTrace, Open, Route, Step
 from protocol.span import Span
@@ -37,10 +38,14 @@ class Delivery:
     arrived_s: float
     nbytes: int
     pushed: bool  # by the peer before this one; else sent by the client
+    account: Account | None = None  # whose it is
+    tokens: int = 0  # of that account, likewise
 
     def release(self, messages: MessageBudget) -> None:
         messages.release(self.nbytes)
-        self.nbytes = 0
+        if self.account is not None:
+            self.account.release(self.nbytes, self.tokens)
+        self.nbytes = self.tokens = 0
 
 
 class Owner(Protocol):
@@ -48,6 +53,9 @@ class Owner(Protocol):
 
     async def leave(self) -> None:
         """Another stream takes the session over."""
+
+    def end(self) -> None:
+        """The session was dropped, since nothing was done with it."""
 
 
 class ClientLeft(Exception):
@@ -65,7 +73,8 @@ class Session:
 
     Attributes:
         number: grows with each session that is opened.
-        client: whose it is, for fairness: the connection that opened it.
+        account: whose it is; None: nobody's in particular.
+        client_key: with which it was opened; empty: none.
         edge: what the peer before this one shows with each step that it pushes.
         route: where outputs go; None: the client has not said yet, they wait.
         sent: the step after the last one whose output was handed on.
@@ -84,7 +93,8 @@ class Session:
     cache: SpanCache | PagedCache | None  # None: stateless
     outputs: StepLog
     number: int = 0
-    client: str = ""
+    account: Account | None = None
+    client_key: bytes = b""
     edge: bytes = b""
     announced: int = 0  # block-tokens that it may come to use, by its client's word; 0: it did not say
     reserved: int = 0  # block-tokens taken from the budget
@@ -104,6 +114,11 @@ class Session:
     last_used_s: float = 0.0
     decoded_s: float = -math.inf
     away_s: float = 0.0
+
+    @property
+    def client(self) -> str:
+        """As whom the scheduler counts it."""
+        return "" if self.account is None else self.account.name
 
     @property
     def tokens(self) -> int:
@@ -227,11 +242,11 @@ class SessionTable:
     @property
     def tokens_left(self) -> int:
         """Tokens per row over the whole span that a new session may hope for."""
-        return max(0, self.budget.tokens_total - self._expected() // len(self.model.span))
+        return max(0, self.budget.tokens_total - self._expected(list(self._sessions.values())) // len(self.model.span))
 
-    def _expected(self) -> int:
-        """Block-tokens that the sessions will come to use. For both threads: a copy, since sessions come and go."""
-        return sum(max(s.reserved, int(self.used_share * s.announced)) for s in list(self._sessions.values()))
+    def _expected(self, sessions: Iterable[Session]) -> int:
+        """Block-tokens that these will come to use. For both threads: give it a copy, since sessions come and go."""
+        return sum(max(s.reserved, int(self.used_share * s.announced)) for s in sessions)
 
     def newest(self, after: Session, without: Collection[bytes]) -> Session | None:
         """The session with room of its own that was opened last, and after `after`; `without` those of these ids."""
@@ -240,14 +255,14 @@ class SessionTable:
         ]
         return max(younger, key=lambda session: session.number, default=None)
 
-    def open(self, request: Open, now_s: float, client: str = "") -> Session:
+    def open(self, request: Open, now_s: float, account: Account | None = None) -> Session:
         """The session that `request` opens or resumes, attached to the caller's stream. Outputs wait for a route.
 
         Args:
-            client: whose it is, for fairness.
+            account: whose it is.
 
         Raises:
-            WrongModel, StaleEpoch, SessionLost, PeerFull, PeerDraining.
+            WrongModel, StaleEpoch, SessionLost, PeerFull, PeerDraining, NotAdmitted.
             BadMessage: the codec is not known, the model cannot be cut there, or the session is open already.
         """
         if request.fingerprint != self.fingerprint:
@@ -257,18 +272,20 @@ class SessionTable:
         if request.codec not in self.codecs:
             raise BadMessage(f"no codec {request.codec!r} here; there are {', '.join(sorted(self.codecs))}")
         known = self._sessions.get(request.session_id)
+        if known is not None and request.client_key != known.client_key:
+            raise NotAdmitted("that session was opened with another key")
         if known is not None and request.epoch < known.epoch:
             raise StaleEpoch(f"the session is at epoch {known.epoch} already, not {request.epoch}")
         if request.edge and self._by_edge.get(request.edge, known) is not known:
             raise BadMessage("that token belongs to another session's edge")
-        session = self._resumed(known, request) if request.resume else self._new(known, request)
+        session = self._resumed(known, request) if request.resume else self._new(known, request, account)
         self._by_edge.pop(session.edge, None)
         session.edge = request.edge
         if request.edge:
             self._by_edge[request.edge] = session
         session.epoch, session.route, session.undelivered = request.epoch, None, ""
         session.interrupt()
-        session.client = client
+        session.account = account
         session.attached += 1
         session.last_used_s = now_s
         return session
@@ -278,7 +295,7 @@ class SessionTable:
             raise SessionLost("this peer does not (or no longer) hold that session; replay it")
         return known
 
-    def _new(self, known: Session | None, request: Open) -> Session:
+    def _new(self, known: Session | None, request: Open, account: Account | None) -> Session:
         if known is not None:
             if request.epoch == known.epoch and not known.broken:
                 raise BadMessage("that session is open already; resume it, or open it with a newer epoch")
@@ -288,7 +305,7 @@ class SessionTable:
         if len(self._sessions) >= self.max_sessions:
             raise PeerFull(f"this peer holds {self.max_sessions} sessions already", retry_after_s=RETRY_AFTER_S)
         announced = 0 if request.stateless else request.batch * request.max_tokens * len(request.span)
-        self._admit(announced)
+        self._admit(announced, account)
         outputs = StepLog(keeps_all=not request.stateless and request.span.stop < self.n_blocks)
         self.opened += 1
         session = Session(
@@ -299,20 +316,71 @@ class SessionTable:
             self._new_cache(request),
             outputs,
             number=self.opened,
+            client_key=request.client_key,
             announced=announced,
         )
         self._sessions[request.session_id] = session
         return session
 
-    def _admit(self, announced: int) -> None:
-        """Raise PeerFull unless the session will probably find room, beside what those that there are will grow to."""
+    def _admit(self, announced: int, account: Account | None) -> None:
+        """Raise PeerFull unless the session will probably find room, beside what those that there are will grow to.
+
+        Who is alone may fill the cache. When others come, whoever has several sessions, and by them more than a
+        client's share, gives up the newest of them.
+        """
         total = self.budget.tokens_total * len(self.model.span)
         wanted = int(self.used_share * announced)
-        if announced > total or (self._sessions and self._expected() + wanted > WATERMARK * total):
+        if account is not None:
+            self._check_account(account, wanted, total)
+        while announced > total or (
+            self._sessions and self._expected(self._sessions.values()) + wanted > WATERMARK * total
+        ):
+            victim = None if announced > total or account is None else self._beyond_share(account, total)
+            if victim is None:
+                raise PeerFull(
+                    f"this peer's KV budget is used up: {self.tokens_left} of {self.budget.tokens_total} tokens "
+                    "are left",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            self._drop(victim)
+            self.preempted += 1
+            if victim.owner is not None:
+                victim.owner.end()
+
+    def _check_account(self, account: Account, wanted: int, total: int) -> None:
+        """Raise PeerFull if one client would have too much of this peer."""
+        mine, allowance = self._of(account.name), account.allowance
+        if len(mine) >= allowance.sessions:
+            raise PeerFull(f"this client has {len(mine)} sessions here already", retry_after_s=RETRY_AFTER_S)
+        if mine and self.has_others(account) and self._expected(mine) + wanted > allowance.share * total:
             raise PeerFull(
-                f"this peer's KV budget is used up: {self.tokens_left} of {self.budget.tokens_total} tokens are left",
+                f"this client would have more than {allowance.share:.0%} of this peer's cache while others have "
+                "sessions",
                 retry_after_s=RETRY_AFTER_S,
             )
+
+    def _beyond_share(self, account: Account, total: int) -> Session | None:
+        """The newest session of a client other than `account` that has several, and more than its share."""
+        share = account.allowance.share * total
+        greedy = {
+            name
+            for name in {session.client for session in self._sessions.values()} - {account.name}
+            if len(mine := self._of(name)) > 1 and self._expected(mine) > share
+        }
+        theirs = [session for session in self._sessions.values() if session.client in greedy]
+        return max(theirs, key=lambda session: session.number, default=None)
+
+    def _of(self, client: str) -> list[Session]:
+        return [session for session in self._sessions.values() if session.client == client]
+
+    def has_others(self, account: Account) -> bool:
+        """Are there sessions of other clients?"""
+        return any(session.client != account.name for session in self._sessions.values())
+
+    def most_bytes(self, account: Account) -> int:
+        """Of the memory for steps, that one client may have now."""
+        total = self.messages.bytes_total
+        return int(account.allowance.share * total) if self.has_others(account) else total
 
     def _new_cache(self, request: Open) -> SpanCache | PagedCache | None:
         if request.stateless:
@@ -369,6 +437,8 @@ class SessionTable:
         dead = [s for s in self._sessions.values() if now_s - s.last_used_s > self._patience_s(s)]
         for session in dead:
             self._drop(session)
+            if session.owner is not None:
+                session.owner.end()
         return len(dead)
 
     def _patience_s(self, session: Session) -> float:

@@ -26,6 +26,8 @@ VERBS = {
     "status": Verb("client.cli", "status", "Show models, missing blocks and peers."),
     "dashboard": Verb("dashboard.cli", "serve", "Show a swarm's health as a web page."),
     "api": Verb("client.cli", "api", "Serve the swarm's model over HTTP, as OpenAI's interface."),
+    "join-token": Verb("peer.cli", "join_token", "Print a new join token, for a private swarm."),
+    "id": Verb("client.cli", "show_id", "Print the id by which peers know your client."),
     "bootstrap": Verb("dht.cli", "bootstrap", "Run a node for others to join through."),
     "demo": Verb("demo.cli", "cli", "Watch a swarm on this machine lose a peer and go on."),
 }

@@ -30,6 +30,22 @@ RECONNECT_MAX_MS = 2_000
 
 Option = tuple[str, int | str]
 
+_REASONS = (
+    (
+        "CERTIFICATE_VERIFY_FAILED: certificate has expired",
+        "the certificate in its record has expired; restarted, the peer makes a new one",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "at its address another certificate is shown than its record names: another program answers there, or the peer "
+        "has a new certificate and its record is old",
+    ),
+    ("WRONG_VERSION_NUMBER", "what answers at its address speaks no TLS"),
+    ("Connection refused", "nothing listens at its address"),
+    ("Deadline Exceeded", "it does not answer in time"),
+)
+"""What gRPC says (the sign of it), and what that means. gRPC itself has one status for all of them."""
+
 _FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
 
@@ -61,7 +77,7 @@ def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int
     """A channel to `address` (`host:port` or `[v6]:port`) that only the holder of the certificate's key can answer.
 
     Connects at the first call. With another certificate at the address every call fails at once with UNAVAILABLE,
-    which `peer_error` makes a `PeerLost`.
+    which `peer_error` makes a `PeerLost` that says so.
 
     Raises:
         BadRecord: the certificate does not parse.
@@ -113,7 +129,17 @@ def peer_error(error: grpc.aio.AioRpcError, peer_id: str | None = None) -> PeerE
         return BadMessage(f"the peer did not understand: {detail}", peer_id=peer_id)
     if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
         return PeerFault(f"the peer failed: {detail}", peer_id=peer_id)
-    return PeerLost(f"the peer is lost: {detail}", peer_id=peer_id)
+    reason = next((words for sign, words in _REASONS if sign in (error.details() or "")), detail)
+    return PeerLost(f"the peer is lost: {reason}", peer_id=peer_id)
+
+
+async def why_unreachable(channel: grpc.aio.Channel, timeout_s: float) -> str:
+    """Why `connected` was false, in words."""
+    try:
+        await channel.unary_unary("/potluck.Peer/Ping")(b"", timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        return peer_error(error).message
+    return "it answers now"
 
 
 def _shared_options(max_message_bytes: int) -> Sequence[Option]:

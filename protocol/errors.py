@@ -22,6 +22,7 @@
     │   ├── PeerDraining         it is leaving and takes no new sessions (retryable: elsewhere)
     │   ├── SessionLost          it no longer knows the session (retryable: replay)
     │   ├── StaleEpoch           the session has moved on without the caller
+    │   ├── NotAdmitted          it takes no sessions of this client: a token, a list or a signature says so
     │   ├── WrongModel           it serves another model, or other weights
     │   └── PeerFault            it failed internally (retryable: elsewhere)
     ├── Busy                     as many requests over HTTP wait as may (retryable: later; client/api/errors.py)
@@ -191,6 +192,12 @@ class StaleEpoch(PeerError):
     """The session has moved on to a newer epoch; the caller belongs to an older one."""
 
     code = "stale-epoch"
+
+
+class NotAdmitted(PeerError):
+    """The peer takes no sessions of this client: its swarm is private, its lists say so, or a signature is wrong."""
+
+    code = "not-admitted"
 
 
 class WrongModel(PeerError):

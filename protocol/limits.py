@@ -12,6 +12,10 @@ PAYLOAD_BYTES = 256 << 20  # one step's payload over all its chunks
 
 SESSION_ID_BYTES = 16
 EDGE_BYTES = 16
+CLIENT_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+PROOF_BYTES = 32  # that somebody knows a join token
+SIGNED_S = 600.0  # so far the time of a signature may be from the reader's
 MAX_PEER_ID_CHARS = 80
 IN_FLIGHT = 8  # steps of one session on their way through its chain, replays not counted
 MAX_COUNT = 1 << 62  # steps, tokens, epochs

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage, PotluckError, VersionMismatch, from_wire
 from protocol.limits import (
+    CLIENT_KEY_BYTES,
     EDGE_BYTES,
     MAX_BATCH,
     MAX_CACHE_OPS,
@@ -28,7 +29,9 @@ from protocol.limits import (
     MAX_TENSORS,
     MAX_TRACE,
     PAYLOAD_BYTES,
+    PROOF_BYTES,
     SESSION_ID_BYTES,
+    SIGNATURE_BYTES,
     WIRE_VERSION,
 )
 from protocol.span import Span
@@ -98,6 +101,7 @@ class Open:
 
     `session_id` is known to the client and this peer alone, `edge` also to the peer before it, which shows it with each
     step that it pushes (law 7). From now on only steps of `epoch` are taken. Outputs wait for a `Route`.
+    The last four fields say who opens it: see `protocol.credentials`.
     """
 
     session_id: bytes
@@ -110,6 +114,10 @@ class Open:
     resume: bool = False
     stateless: bool = False
     edge: bytes = b""
+    client_key: bytes = b""
+    signature: bytes = b""
+    signed_at_ms: int = 0
+    membership: bytes = b""
 
     def to_proto(self) -> pb.InferRequest:
         return pb.InferRequest(
@@ -126,6 +134,10 @@ class Open:
                 resume=self.resume,
                 stateless=self.stateless,
                 edge=self.edge,
+                client_key=self.client_key,
+                signature=self.signature,
+                signed_at_ms=self.signed_at_ms,
+                membership=self.membership,
             )
         )
 
@@ -135,7 +147,12 @@ class Open:
         if len(message.session_id) != SESSION_ID_BYTES:
             raise BadMessage(f"a session id has {SESSION_ID_BYTES} bytes, not {len(message.session_id)}")
         _check_edge(message.edge, optional=True)
-        _check_counts(message.epoch, message.max_tokens)
+        _check_counts(message.epoch, message.max_tokens, message.signed_at_ms)
+        signed = (len(message.client_key), len(message.signature))
+        if signed not in ((0, 0), (CLIENT_KEY_BYTES, SIGNATURE_BYTES)):
+            raise BadMessage("a session's key and signature are not of the sizes that they have")
+        if len(message.membership) not in (0, PROOF_BYTES):
+            raise BadMessage(f"a proof has {PROOF_BYTES} bytes, not {len(message.membership)}")
         if message.stop <= message.start:
             raise BadMessage(f"{message.start}:{message.stop} is not a span of blocks")
         if len(message.fingerprint) > MAX_NAME_CHARS * 2 or len(message.codec) > MAX_NAME_CHARS:
@@ -153,6 +170,10 @@ class Open:
             message.resume,
             message.stateless,
             message.edge,
+            message.client_key,
+            message.signature,
+            message.signed_at_ms,
+            message.membership,
         )
 
 

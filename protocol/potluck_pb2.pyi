@@ -109,7 +109,7 @@ class More(_message.Message):
     def __init__(self) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("wire_version", "session_id", "epoch", "fingerprint", "start", "stop", "codec", "batch", "max_tokens", "resume", "stateless", "edge")
+    __slots__ = ("wire_version", "session_id", "epoch", "fingerprint", "start", "stop", "codec", "batch", "max_tokens", "resume", "stateless", "edge", "client_key", "signature", "signed_at_ms", "membership")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +122,10 @@ class Open(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     STATELESS_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERSHIP_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     session_id: bytes
     epoch: int
@@ -134,7 +138,11 @@ class Open(_message.Message):
     resume: bool
     stateless: bool
     edge: bytes
-    def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ..., edge: _Optional[bytes] = ...) -> None: ...
+    client_key: bytes
+    signature: bytes
+    signed_at_ms: int
+    membership: bytes
+    def __init__(self, wire_version: _Optional[int] = ..., session_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., codec: _Optional[str] = ..., batch: _Optional[int] = ..., max_tokens: _Optional[int] = ..., resume: _Optional[bool] = ..., stateless: _Optional[bool] = ..., edge: _Optional[bytes] = ..., client_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., signed_at_ms: _Optional[int] = ..., membership: _Optional[bytes] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("next_step", "tokens", "kv_tokens_left", "dtype", "kept_from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,13 @@ import torch
 from client.times import Stopwatch, Times
 from dht.record import PeerRecord
 from peer.config import PeerConfig
+from peer.gate import Entry
 from peer.host import Served, SpanHost
 from protocol.channel import open_channel
+from protocol.credentials import Credentials
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
+from protocol.messages import Open
 from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
 from tensor_codecs import names
@@ -43,7 +47,12 @@ def served(folder: Path) -> Served:
 
 @asynccontextmanager
 async def open_host(
-    folder: Path, span: Span, index: int = 0, dtype: torch.dtype = torch.float32, **settings: object
+    folder: Path,
+    span: Span,
+    index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    entry: Entry | None = None,
+    **settings: object,
 ) -> AsyncIterator[SpanHost]:
     """One peer's serving half on loopback."""
     model = load_span(resolve(str(folder)), span, dtype=dtype)
@@ -55,7 +64,7 @@ async def open_host(
         **settings,
     }
     config = PeerConfig(**options)  # type: ignore[arg-type]
-    async with SpanHost.open(model, served(folder), identity(index), config, find_host) as host:
+    async with SpanHost.open(model, served(folder), identity(index), config, find_host, entry) as host:
         host.state = "online"
         _hosts[host.identity.peer_id] = host
         try:
@@ -93,6 +102,7 @@ class KnownPeers:
     on_refresh: Callable[[], None] = lambda: None
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    credentials: Credentials | None = None
 
     def peers(self) -> Sequence[PeerRecord]:
         return self.records
@@ -112,6 +122,11 @@ class KnownPeers:
 
     def times(self) -> Times:
         return self.stopwatch.snapshot()
+
+    def signed(self, request: Open, peer: PeerRecord) -> Open:
+        if self.credentials is None:
+            return request
+        return self.credentials.sign(request, peer.peer_id, time.time())
 
     async def close(self) -> None:
         for channel in self.channels.values():

@@ -36,7 +36,10 @@ from protocol.settings import load, settings
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [
-        *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docker/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "docker/README.md")
+        ),
         *ROOT.glob("docs/**/*.md"),
     ]
 )
@@ -60,7 +63,7 @@ SECTION_OF = {"serve": "peer", "generate": "client", "chat": "client", "status":
 OURS = re.compile(r"(python -m (peer|client|dht|dashboard|demo|potluck|benchmarks)|potluck (?!-)|make )")
 HARMLESS = {"source .venv/bin/activate", "nvidia-smi"}
 IN_THE_SWARM = re.compile(
-    r"(?:echo .* \| )?python -m (client (generate|chat|status)\b|peer (-v )?serve\b|dht bootstrap\b)"
+    r"(?:echo .* \| )?python -m (client (generate|chat|status|id)\b|peer join-token|peer (-v )?serve\b|dht bootstrap\b)"
 )
 """Commands that are run, unless they are among these:"""
 NOT_RUN = {
@@ -83,6 +86,8 @@ CONSOLE = {
     "/opt/potluck/bin/pip ": "a step of an installation",
     "systemctl ": "it would change this machine",
     "journalctl ": "it needs the unit",
+    "umask ": "tests/e2e/test_private.py makes a token",
+    "python -m ": "tests/e2e/test_private.py starts all of these with a token",
     "curl ": "tests/peer/test_metrics.py asks a peer for its metrics",
 }
 """What console blocks show, by how it begins, and why it is not even parsed."""
@@ -93,6 +98,8 @@ ANSWERS = {
     "status": "potluck-demo",
     "France": "Paris",
     "client chat": "Paris",
+    "client id": "12D3Koo",
+    "join-token": "potluck1-",
 }
 """What is said to a command in which this occurs, the first that fits."""
 AS_A_PROCESS = 'python -m client generate "What is the capital of France?"'

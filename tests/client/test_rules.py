@@ -1,6 +1,7 @@
 """Naming peers, and the flags that do it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,16 @@ def test_rules_that_cannot_be_meant_are_refused(settings: dict[str, object], mes
     with pytest.raises(ConfigError) as caught:
         ClientConfig(**settings)  # type: ignore[arg-type]
     assert caught.value.message.startswith(message)
+
+
+def test_peers_may_be_named_in_files(tmp_path: Path) -> None:
+    file = tmp_path / "peers"
+    file.write_text("Ghijkl  # Zoë's\n\nMnopqr\n")
+    config = ClientConfig(avoid=(f"@{file}", "Stuvwx"), trust=("@friends",))
+    assert config.avoid == (f"@{file}", "Stuvwx"), "nothing is read by making it"
+    assert replace(config, trust=()).with_lists().rules == Rules(avoid=("Ghijkl", "Mnopqr", "Stuvwx"))
+    with pytest.raises(ConfigError, match=r"--trust @friends: the file cannot be read"):
+        config.with_lists()
+    file.write_text("zoe\n")
+    with pytest.raises(ConfigError, match="6 or more characters"):
+        ClientConfig(trust=(f"@{file}",)).with_lists()

@@ -81,6 +81,7 @@ class FakeNode:
         self.refused: Counter[str] = Counter()
         self.time = NOW
         self.accepts = True
+        self.is_refused = False
         self.stored: list[tuple[str, bytes, float]] = []
         self.contents: dict[str, dict[str, bytes]] = {}
         self.learned: list[tuple[str, str]] = []

@@ -22,6 +22,7 @@ from dht.config import DhtConfig
 from dht.locate import Located, locate_swarm, read_bootstrap_list
 from dht.maddr import EXAMPLE, Maddr, best_first
 from protocol.errors import ConfigError, SwarmNotFound
+from protocol.join_token import JoinToken
 
 IDS = [f"Qm{character * 44}" for character in "abcdef"]
 
@@ -141,6 +142,15 @@ def test_a_running_node_is_found_until_it_ends(tmp_path: Path) -> None:
     assert not list((tmp_path / local_swarm.FOLDER).iterdir())
 
 
+def test_private_swarms_are_found_by_their_members_alone(tmp_path: Path) -> None:
+    token = JoinToken.new()
+    with local_swarm.published(tmp_path, [maddr(0)], "peer", token.name):
+        assert local_swarm.find(tmp_path) == ()
+        assert [node.maddrs for node in local_swarm.find(tmp_path, token.name)] == [(maddr(0),)]
+    known_peers.remember(tmp_path, [maddr(0)], now=1.0, swarm=token.name)
+    assert known_peers.load(tmp_path) == () and known_peers.load(tmp_path, token.name) == (maddr(0),)
+
+
 def entry(folder: Path, name: str = "x.json", **values: object) -> Path:
     state = {
         "maddrs": [maddr(0)],
@@ -194,6 +204,7 @@ def test_another_machines_entry_is_left_alone(tmp_path: Path) -> None:
         {"pid": True},
         {"started_at": "x"},
         {"machine": 3},
+        {"swarm": 3},
     ],
 )
 def test_a_damaged_entry_is_removed(tmp_path: Path, values: dict[str, object]) -> None:
@@ -262,7 +273,7 @@ def found_on_lan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the local network is made to answer."""
     answer: list[str] = []
 
-    async def browse(timeout_s: float) -> tuple[str, ...]:
+    async def browse(timeout_s: float, swarm: str = "") -> tuple[str, ...]:
         return tuple(answer)
 
     monkeypatch.setattr(lan, "browse", browse)

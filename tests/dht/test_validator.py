@@ -17,6 +17,8 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from dht import validator as module
 from dht.record import MODELS_KEY, peer_key
 from dht.validator import CappedStorage, PotluckValidator, Verifier, guard
+from protocol.join_token import NO_PROOF, JoinToken
+from protocol.limits import PROOF_BYTES
 from tests.dht.support import MODEL, NOW, OTHER_MODEL, identity, listing, peer
 
 KEY = peer_key(MODEL, 0)
@@ -163,6 +165,9 @@ class FakeProtocol:
     async def call_find(self, peer: object, keys: object) -> Any:
         return self._answer
 
+    async def call_store(self, peer: object, keys: object) -> Any:
+        return self._answer
+
 
 def hostile(maxsize: Any) -> DictionaryDHTValue:
     answer = DictionaryDHTValue()
@@ -175,7 +180,7 @@ def hostile(maxsize: Any) -> DictionaryDHTValue:
 async def test_claims_of_an_answer_are_not_believed(maxsize: Any) -> None:
     key = DHTID.generate(source="key")
     protocol = FakeProtocol({key: (ValueWithExpiration(hostile(maxsize), math.inf), {"near": 1})})
-    guard(protocol)
+    guard(protocol, Counter())
     value, near = (await protocol.call_find("peer", [key]))[key]
     assert value.expiration_time == LATER and near == {"near": 1}
     merged = DictionaryDHTValue()
@@ -189,16 +194,64 @@ async def test_answers_that_are_no_records_are_not_found() -> None:
     key = DHTID.generate(source="key")
     for answer in (None, ValueWithExpiration(b"plain", LATER), ValueWithExpiration(DictionaryDHTValue(), math.inf)):
         protocol = FakeProtocol({key: (answer, {})})
-        guard(protocol)
+        guard(protocol, Counter())
         assert await protocol.call_find("peer", [key]) == {key: (None, {})}
     protocol = FakeProtocol(None)
-    guard(protocol)
+    guard(protocol, Counter())
     assert await protocol.call_find("peer", [key]) is None
 
 
 def test_what_was_stored_before_the_guard_is_kept() -> None:
     protocol, key = FakeProtocol(None), DHTID.generate(source="key")
     protocol.storage.store_subkey(key, "a", b"1", LATER)
-    guard(protocol)
+    guard(protocol, Counter())
     assert isinstance(protocol.storage, CappedStorage)
     assert protocol.storage.get(key).value.get("a").value == b"1"
+
+
+async def test_what_others_say_to_records_of_ours_is_counted() -> None:
+    verdicts: Counter[str] = Counter()
+    for answer in ([True, False], None, [False]):
+        protocol = FakeProtocol(answer)
+        guard(protocol, verdicts)
+        assert await protocol.call_store("peer", ["key"]) == answer
+    assert verdicts == {"taken": 1, "refused": 2}
+
+
+# ---------------------------------------------------------------------------- private swarms
+
+TOKEN = JoinToken.new()
+
+
+def private(token: JoinToken, raw: bytes = RAW, key: str = KEY) -> DHTRecord:
+    """A record as a member of the private swarm of `token` publishes it."""
+    expiry = NOW + 60
+    place = DHTID.generate(source=token.place(key)).to_bytes()
+    return DHTRecord(place, msgpack.packb(identity(0).peer_id), msgpack.packb(token.seal(raw)), expiry)
+
+
+def member_validator(token: JoinToken = TOKEN) -> PotluckValidator:
+    return PotluckValidator(Verifier(token=token), lambda: NOW, Counter())
+
+
+def test_members_take_each_others_records() -> None:
+    assert member_validator().validate(private(TOKEN))
+    assert member_validator().validate(private(TOKEN, listing(0).encode(identity(0)), MODELS_KEY))
+
+
+def test_members_take_records_of_nobody_else() -> None:
+    validator = member_validator()
+    assert not validator.validate(stored()), "no proof, and under the key of an open swarm"
+    assert not validator.validate(private(JoinToken.new())), "the proof of another token"
+    bare = private(TOKEN)
+    assert not validator.validate(DHTRecord(bare.key, bare.subkey, msgpack.packb(RAW), NOW + 60)), "no proof"
+    other = peer(1).encode(identity(1))
+    lent = TOKEN.seal(RAW)[-PROOF_BYTES:]
+    forged = DHTRecord(bare.key, msgpack.packb(identity(1).peer_id), msgpack.packb(other + lent), NOW + 60)
+    assert not validator.validate(forged), "the proof of another's record"
+    assert validator.refused == {NO_PROOF: 4}
+
+
+def test_open_swarms_take_no_records_of_private_ones() -> None:
+    assert not make_validator().validate(private(TOKEN))
+    assert TOKEN.place(KEY) != KEY and TOKEN.text not in TOKEN.place(KEY)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dht.background import background
+from peer.accounts import Account
 from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
+from peer.config import PeerConfig
 from peer.engine import Engine
 from peer.meter import Meter
 from peer.scheduler import Scheduler
@@ -42,6 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
     return load_span(resolve(str(folder)), WHOLE)
 
 
+ALLOWANCE = PeerConfig().allowance
+
+
 @dataclass
 class Bench:
     """A span with its engine, and no network."""
@@ -53,7 +58,8 @@ class Bench:
 
     def open(self, tag: int, client: str = "", max_tokens: int = 0, batch: int = 1) -> Session:
         session_id = bytes([tag]) * SESSION_ID_BYTES
-        return self.table.open(Open(session_id, 1, "f", WHOLE, "none", batch, max_tokens), 0.0, client or str(tag))
+        account = Account(client or str(tag), ALLOWANCE)
+        return self.table.open(Open(session_id, 1, "f", WHOLE, "none", batch, max_tokens), 0.0, account)
 
     async def step(self, session: Session, hidden: Tensor, *ops: CacheOp) -> Tensor:
         """The session's next step."""

@@ -559,6 +559,18 @@ async def test_a_swarm_that_never_says_where_the_next_peer_is(
     assert "the swarm did not say" in result.undelivered
 
 
+async def test_a_next_peer_with_another_certificate_than_its_record_says(two: Peers, model: SpanModel) -> None:
+    async def swapped(peer_id: str, useless: PeerRecord | None) -> PeerRecord:
+        return replace(record_of(two.hosts[1]), certificate_der=identity(5).certificate_der)
+
+    first, _ = await two.chain()
+    two.links()._resolve = swapped
+    await first.send(*step_frames(steps(TOKENS)[0]))
+    (result,) = await told(first, 1)
+    assert "another certificate is shown than its record names" in result.undelivered
+    assert two.hosts[1].service.pushed == 0
+
+
 async def test_a_next_peer_that_refuses(two: Peers, model: SpanModel) -> None:
     first, second = await two.chain()
     made = steps(TOKENS)

@@ -13,7 +13,14 @@ import grpc.aio
 import pytest
 
 from protocol import channel as module
-from protocol.channel import open_channel, peer_error, server_credentials, server_options
+from protocol.channel import (
+    connected,
+    open_channel,
+    peer_error,
+    server_credentials,
+    server_options,
+    why_unreachable,
+)
 from protocol.errors import BadMessage, BadRecord, PeerFault, PeerFull, PeerLost
 from protocol.identity import Identity
 
@@ -94,6 +101,7 @@ async def test_another_certificate_is_a_lost_peer(identity: Identity, other: Ide
     async with serving(identity) as port:
         error = await failure(f"127.0.0.1:{port}", other.certificate_der)
     assert isinstance(error, PeerLost) and error.retryable and error.peer_id == "Qm"
+    assert "another certificate is shown than its record names" in error.message
 
 
 async def test_another_certificate_of_the_same_name_is_a_lost_peer(tmp_path: object, identity: Identity) -> None:
@@ -101,19 +109,35 @@ async def test_another_certificate_of_the_same_name_is_a_lost_peer(tmp_path: obj
         impostor = Identity.load_or_create(key_path.parent)
     assert impostor.peer_id == identity.peer_id and impostor.certificate_der != identity.certificate_der
     async with serving(impostor) as port:
-        assert isinstance(await failure(f"127.0.0.1:{port}", identity.certificate_der), PeerLost)
+        error = await failure(f"127.0.0.1:{port}", identity.certificate_der)
+        assert isinstance(error, PeerLost) and "another certificate is shown" in error.message
+        channel = open_channel(f"127.0.0.1:{port}", identity.certificate_der, max_message_bytes=LIMIT)
+        assert not await connected(channel, TIMEOUT_S)
+        assert "another certificate is shown" in await why_unreachable(channel, TIMEOUT_S)
+        await channel.close()
 
 
 async def test_a_server_without_tls_is_a_lost_peer(identity: Identity) -> None:
     async with serving(None) as port:
-        assert isinstance(await failure(f"127.0.0.1:{port}", identity.certificate_der), PeerLost)
+        error = await failure(f"127.0.0.1:{port}", identity.certificate_der)
+    assert isinstance(error, PeerLost) and "speaks no TLS" in error.message
+
+
+async def test_an_expired_certificate_is_a_lost_peer(identity: Identity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.identity.CERTIFICATE_DAYS", -0.5)
+    with identity.key_file() as key_path:
+        late = Identity.load_or_create(key_path.parent)
+    async with serving(late) as port:
+        error = await failure(f"127.0.0.1:{port}", late.certificate_der)
+    assert isinstance(error, PeerLost) and "has expired" in error.message
 
 
 async def test_nobody_there_is_a_lost_peer(identity: Identity) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    assert isinstance(await failure(f"127.0.0.1:{port}", identity.certificate_der), PeerLost)
+    error = await failure(f"127.0.0.1:{port}", identity.certificate_der)
+    assert isinstance(error, PeerLost) and "nothing listens" in error.message
 
 
 async def test_a_message_over_the_limit_is_not_sent(identity: Identity) -> None:
