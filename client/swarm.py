@@ -202,10 +202,11 @@ class Swarm:
         await self.channels.close()
 
     async def _tidy(self) -> None:
-        """Closes the channels to peers that are gone, for ever."""
+        """Closes the channels to peers that are gone, and does without relays where that goes; for ever."""
         while True:
             await asyncio.sleep(self._config.refresh_s)
             await self.channels.forget_all_but(peer for peers in self.view.peers_by_model.values() for peer in peers)
+            await self.channels.go_direct(self._watched_peers())
 
 
 class ModelPeers:
