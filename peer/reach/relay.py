@@ -26,7 +26,7 @@ from peer.reach.frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
 from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
 from peer.reach.places import block, ip
 from peer.reach.splice import Splice
-from peer.reach.switchboard import RelayLimits, Switchboard
+from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import ConfigError, PeerError, PotluckError, WireError
 from protocol.identity import certificate_name
 
@@ -43,7 +43,7 @@ class RelaySettings:
     """Where a relay listens, and how fast it carries.
 
     Attributes:
-        mbit_per_s: megabits per second, all connections together; what goes in both directions counts once.
+        mbit_per_s: megabits per second, all connections together; a byte counts once, though it comes in and goes out.
         own: where this machine's own gRPC port is, so that others can try the relay by asking for this peer itself;
             None: it has none at the moment.
     """
@@ -148,11 +148,11 @@ class Relay:
             return
         client.hand_over(splice)
 
-    def join(self, client: Entrance, provider: Entrance, name: str) -> None:
+    def join(self, call: Call[Entrance], provider: Entrance) -> None:
         """The peer has come for the client."""
-        splice = self._splice(partial(self.board.hang_up, name))
+        splice = self._splice(partial(self.board.hang_up, call))
         provider.hand_over(splice, second=True)
-        client.hand_over(splice)
+        call.client.hand_over(splice)
 
     def _splice(self, hang_up: Callable[[], None]) -> Splice:
         def ended() -> None:
@@ -238,7 +238,7 @@ class Entrance(asyncio.Protocol):
             self._wait(b"own")
             relay.dial_self(self, own)
             return
-        token, provider = relay.board.call(name, self)
+        token, provider = relay.board.call(name, self, self._block)
         self._wait(token)
         provider.say(Frame(Kind.DIAL, token))
 
@@ -290,9 +290,8 @@ class Entrance(asyncio.Protocol):
         if found is None:
             self.abort()
             return
-        name, client = found
         self._known()
-        self._relay.join(client, self, name)
+        self._relay.join(found, self)
 
     def say(self, frame: Frame) -> None:
         """To the peer. One that does not read is given up before it costs memory."""
@@ -343,7 +342,7 @@ class Entrance(asyncio.Protocol):
         if self._registered is not None:
             self._relay.board.unregister(self._registered, self)
         if self._token and (waited := self._relay.board.answer(self._token)) is not None:
-            self._relay.board.hang_up(waited[0])
+            self._relay.board.hang_up(waited)
         self._token = b""
         self._transport = None
 

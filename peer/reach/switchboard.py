@@ -20,7 +20,8 @@ class RelayLimits:
 
     Attributes:
         providers: peers that it serves; `providers_per_block`: of one block of addresses.
-        calls: clients' connections, those that wait for their peer counted; `calls_per_provider`: of one peer.
+        calls: clients' connections, those that wait for their peer counted; `calls_per_provider`: of one peer;
+            `calls_per_block`: of one block of addresses.
         waiting_per_provider: of these, such as wait for the peer.
         strangers: connections of which nobody knows yet what they are; `strangers_per_block`: of one block of
             addresses.
@@ -34,6 +35,7 @@ class RelayLimits:
     providers_per_block: int = 8
     calls: int = 256
     calls_per_provider: int = 64
+    calls_per_block: int = 48
     waiting_per_provider: int = 16
     strangers: int = 128
     strangers_per_block: int = 32
@@ -49,14 +51,24 @@ class _Provider(Generic[Line]):
     block: str
 
 
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Line]):
+    """A client's connection, or wish for one: to the peer of that name, from that block of addresses."""
+
+    name: str
+    block: str
+    client: Line
+
+
 class Switchboard(Generic[Line]):
     """Finds a client's peer by the name in its certificate."""
 
     def __init__(self, limits: RelayLimits) -> None:
         self._limits = limits
         self._providers: dict[str, _Provider[Line]] = {}  # by name
-        self._waiting: dict[bytes, tuple[str, Line]] = {}  # clients, by token: for whom, and who
+        self._waiting: dict[bytes, Call[Line]] = {}  # by token
         self._calls: Counter[str] = Counter()  # by name
+        self._callers: Counter[str] = Counter()  # by block
         self._strangers: Counter[str] = Counter()  # by block
 
     @property
@@ -112,37 +124,40 @@ class Switchboard(Generic[Line]):
 
     # ------------------------------------------------------------------ clients
 
-    def call(self, name: str, client: Line) -> tuple[bytes, Line]:
+    def call(self, name: str, client: Line, block: str) -> tuple[bytes, Line]:
         """A client asks for `name`. Returns the token with which the peer shall come, and its line, to be told.
 
         The call counts until `hang_up`.
 
         Raises:
             PeerLost: nobody of that name is registered.
-            PeerFull: there are too many clients, here or for that peer.
+            PeerFull: there are too many clients: here, for that peer, or from there.
         """
         provider = self._providers.get(name)
         if provider is None:
             raise PeerLost("no peer of that name is registered")
-        waiting = sum(1 for wanted, _ in self._waiting.values() if wanted == name)
+        waiting = sum(1 for call in self._waiting.values() if call.name == name)
         if (
             self.calls >= self._limits.calls
             or self._calls[name] >= self._limits.calls_per_provider
+            or self._callers[block] >= self._limits.calls_per_block
             or waiting >= self._limits.waiting_per_provider
         ):
             raise PeerFull("this relay carries as many connections as it can")
         token = secrets.token_bytes(TOKEN_BYTES)
-        self._waiting[token] = name, client
+        self._waiting[token] = Call(name, block, client)
         self._calls[name] += 1
+        self._callers[block] += 1
         return token, provider.line
 
-    def answer(self, token: bytes) -> tuple[str, Line] | None:
-        """The client for whom a peer has come, and whom it had asked for; None: it waits no longer."""
+    def answer(self, token: bytes) -> Call[Line] | None:
+        """The call for which a peer has come; None: nobody waits with that token any longer."""
         return self._waiting.pop(token, None)
 
-    def hang_up(self, name: str) -> None:
-        """One of the calls for `name` has ended."""
-        _less(self._calls, name)
+    def hang_up(self, call: Call[Line]) -> None:
+        """The call has ended."""
+        _less(self._calls, call.name)
+        _less(self._callers, call.block)
 
 
 def _less(counter: Counter[str], key: str) -> None:

@@ -103,7 +103,9 @@ async def test_a_relay_that_ends_is_replaced_by_the_next_on_the_same_channel() -
         assert await round_trip_ms(channel, TIMEOUT_S) is not None
         assert first.carried_bytes and not second.carried_bytes
         await first.close()
-        assert await round_trip_ms(channel, TIMEOUT_S) is not None
+        async with asyncio.timeout(TIMEOUT_S):
+            while await round_trip_ms(channel, TIMEOUT_S) is None:  # a call that meets the end of a connection fails
+                await asyncio.sleep(0.01)
         assert second.carried_bytes
         await channels.close()
 

@@ -13,7 +13,7 @@ from peer.reach.bucket import Bucket
 from peer.reach.frames import MAX_BODY_BYTES, NONCE_BYTES, TOKEN_BYTES, Frame, FrameReader, Kind, proof, proven
 from peer.reach.hello import MAX_HELLO_BYTES, server_name
 from peer.reach.places import address, block, host_of, is_global, is_loopback, seen_end, seen_host
-from peer.reach.switchboard import RelayLimits, Switchboard
+from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import BadMessage, BadRecord, PeerFull, PeerLost, WireError
 from protocol.identity import certificate_name
 from tests.harness import identity
@@ -143,15 +143,16 @@ def test_other_bytes_prove_nothing(body: bytes) -> None:
 def test_a_call_is_answered_once_by_whoever_has_the_token() -> None:
     board: Switchboard[str] = Switchboard(RelayLimits())
     assert board.register("a", "line", "block") is None
-    token, line = board.call("a", "client")
+    token, line = board.call("a", "client", "there")
     assert line == "line" and board.calls == 1
     assert board.answer(bytes(TOKEN_BYTES)) is None
-    assert board.answer(token) == ("a", "client")
+    call = board.answer(token)
+    assert call == Call("a", "there", "client")
     assert board.answer(token) is None
-    board.hang_up("a")
+    board.hang_up(call)
     assert board.calls == 0
     with pytest.raises(PeerLost):
-        board.call("b", "client")
+        board.call("b", "client", "there")
 
 
 def test_a_peer_that_comes_again_takes_its_own_place() -> None:
@@ -161,7 +162,7 @@ def test_a_peer_that_comes_again_takes_its_own_place() -> None:
         board.register("b", "line", "elsewhere")
     assert board.register("a", "new", "block") == "old"
     board.unregister("a", "old")
-    assert board.call("a", "client")[1] == "new"
+    assert board.call("a", "client", "there")[1] == "new"
     board.unregister("a", "new")
     assert board.places_left == 1
 
@@ -175,19 +176,29 @@ def test_nobody_takes_all_places() -> None:
     with pytest.raises(PeerFull):
         board.register("c", "c", "block")
     board.register("c", "c", "elsewhere")
-    tokens = [board.call("a", "client")[0] for _ in range(2)]
+    tokens = [board.call("a", "client", "there")[0] for _ in range(2)]
     with pytest.raises(PeerFull):
-        board.call("a", "one more waits")
+        board.call("a", "one more waits", "there")
     for token in tokens:
-        board.answer(token)
-    board.answer(board.call("a", "client")[0])
+        assert board.answer(token)
+    third = board.answer(board.call("a", "client", "there")[0])
+    assert third is not None
     with pytest.raises(PeerFull):
-        board.call("a", "one more is served")
-    board.call("b", "client")
+        board.call("a", "one more is served", "there")
+    board.call("b", "client", "there")
     with pytest.raises(PeerFull):
-        board.call("b", "one more in all")
-    board.hang_up("a")
-    board.call("b", "client")
+        board.call("b", "one more in all", "there")
+    board.hang_up(third)
+    board.call("b", "client", "there")
+
+
+def test_callers_of_one_block_do_not_take_all_of_a_peer() -> None:
+    board: Switchboard[str] = Switchboard(RelayLimits(calls_per_block=1))
+    board.register("a", "line", "block")
+    board.call("a", "client", "there")
+    with pytest.raises(PeerFull):
+        board.call("a", "another", "there")
+    board.call("a", "another", "elsewhere")
 
 
 def test_strangers_of_one_block_do_not_keep_out_others() -> None:
