@@ -47,19 +47,19 @@ class Position:
 
 def helpers(peers: Iterable[PeerRecord], own_id: str, rng: random.Random) -> list[Helper]:
     """Whom to ask: a few at IPv4 addresses, a few at IPv6 ones, from as many blocks of addresses as there are."""
-    chosen: list[Helper] = []
     able = [p for p in peers if p.peer_id != own_id and p.wire_version == WIRE_VERSION and p.state != "offline"]
     rng.shuffle(able)
+    chosen: list[Helper] = []
     for version in (4, 6):
-        found: list[Helper] = []
-        for peer in able:
-            at = [each for each in peer.direct if _version(each) == version]
-            found += [Helper(peer, each) for each in at[:1]]
-        seen: set[str] = set()
-        fresh = [helper for helper in found if not (helper.block in seen or seen.add(helper.block))]  # type: ignore[func-returns-value]
-        rest = [helper for helper in found if helper not in fresh]
-        chosen += (fresh + rest)[:ASKED]
+        found = [(peer, [at for at in peer.direct if _version(at) == version]) for peer in able]
+        chosen += _from_many_blocks([Helper(peer, at[0]) for peer, at in found if at])[:ASKED]
     return chosen
+
+
+def _from_many_blocks(found: Sequence[Helper]) -> list[Helper]:
+    """The same, those first of which none stands in another one's block."""
+    first = {helper.block: number for number, helper in reversed(list(enumerate(found)))}
+    return [found[n] for n in sorted(range(len(found)), key=lambda n: n not in first.values())]
 
 
 def _version(address: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -52,6 +53,11 @@ class Network:
 
     def run(self, place: str, *command: str, stdin: str | None = None) -> str:
         return _run(*self.inside(place), *command, stdin=stdin)
+
+    def is_connected(self, place: str, host: str, port: int) -> bool:
+        """Is there a TCP connection from that place to there?"""
+        there = f"{socket.inet_aton(host)[::-1].hex().upper()}:{port:04X} 01"
+        return there in self.run(place, "cat", "/proc/net/tcp", "/proc/net/tcp6")
 
     def forward(self, outer: int, inner: int) -> None:
         """From now on the router of home a forwards a port."""
