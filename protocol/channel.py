@@ -90,7 +90,8 @@ def targets(addresses: Iterable[str]) -> tuple[str, ...]:
     Those come first that the first address belongs to. IPv4 addresses among IPv6 ones are written as these; grpc dials
     them as what they are, where there is no IPv6, too.
     """
-    literal, names = [], []
+    literal: list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, str]] = []
+    names: list[str] = []
     listed = list(addresses)
     for address in listed:
         host, _, port = address.rpartition(":")
