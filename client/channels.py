@@ -17,6 +17,7 @@ from protocol.limits import MESSAGE_BYTES
 CLOSE_TIMEOUT_S = 5.0
 DIRECT_TIMEOUT_S = 2.0
 DIRECT_EVERY_S = 60.0  # between two attempts to do without a relay
+DOUBT_S = 1.0  # a channel that is younger is not doubted
 
 Key = tuple[str, tuple[str, ...], bytes]
 
@@ -27,20 +28,31 @@ class Channels:
     def __init__(self) -> None:
         self._channels: dict[Key, grpc.aio.Channel] = {}
         self._failed: list[grpc.aio.Channel] = []  # replaced, and to be closed
-        self._left: list[grpc.aio.Channel] = []  # that go through relays, and that sessions may still use
+        self._left: list[grpc.aio.Channel] = []  # replaced, but sessions may still use them
+        self._opened_s: dict[Key, float] = {}
         self._turns: dict[Key, int] = {}  # how often one has failed
         self._direct: dict[Key, tuple[float, bool]] = {}  # when that was tried, and whether it is so now
 
     def __len__(self) -> int:
         return len(self._channels)
 
-    def to(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """The channel to a peer, pinned to the certificate in its record; a new one, if it could not connect lately."""
+    def to(self, peer: PeerRecord, *, doubted: bool = False) -> grpc.aio.Channel:
+        """The channel to a peer, pinned to the certificate in its record; a new one, if it could not connect lately.
+
+        Args:
+            doubted: the peer failed lately. If it has several addresses, perhaps only a relay did, and silently: then
+                there is a new channel, too.
+        """
         key = _key(peer)
+        age_s = time.monotonic() - self._opened_s.get(key, 0.0)
+        if doubted and key in self._channels and len(peer.addresses) > 1 and age_s >= DOUBT_S:
+            self._left.append(self._channels.pop(key))
+            self._direct.pop(key, None)
         if key in self._channels and has_failed(self._channels[key]):
             self._failed.append(self._give_up(key))
         if key not in self._channels:
             self._channels[key] = _open(peer, peer.addresses, self._turns.get(key, 0))
+            self._opened_s[key] = time.monotonic()
         return self._channels[key]
 
     @contextlib.asynccontextmanager
@@ -68,6 +80,7 @@ class Channels:
             if has_failed(channel) or (key not in known and channel.get_state() is not grpc.ChannelConnectivity.READY):
                 await self._give_up(key).close(None)
         self._turns = {key: turn for key, turn in self._turns.items() if key in known}
+        self._opened_s = {key: opened_s for key, opened_s in self._opened_s.items() if key in self._channels}
         self._direct = {key: tried for key, tried in self._direct.items() if key in known}
 
     async def go_direct(self, peers: Iterable[PeerRecord]) -> None:

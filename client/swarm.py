@@ -251,4 +251,4 @@ class ModelPeers:
         await self._swarm.look_again()
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        return self._swarm.channels.to(peer)
+        return self._swarm.channels.to(peer, doubted=peer.peer_id in self._swarm.blame.avoided())

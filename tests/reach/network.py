@@ -59,6 +59,14 @@ class Network:
         there = f"{socket.inet_aton(host)[::-1].hex().upper()}:{port:04X} 01"
         return there in self.run(place, "cat", "/proc/net/tcp", "/proc/net/tcp6")
 
+    def unplug(self, place: str) -> None:
+        """From now on nothing comes from there, or gets there."""
+        _ip(self, "net", "link", "set", f"to-{place}", "down")
+
+    def plug(self, place: str) -> None:
+        """It is in the network again."""
+        _ip(self, "net", "link", "set", f"to-{place}", "up")
+
     def forward(self, outer: int, inner: int) -> None:
         """From now on the router of home a forwards a port."""
         self.run("router-a", "nft", "add", "rule", "ip", "nat", "incoming", "iifname", "public",

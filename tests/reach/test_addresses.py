@@ -110,6 +110,18 @@ async def test_a_relay_that_ends_is_replaced_by_the_next_on_the_same_channel() -
         await channels.close()
 
 
+async def test_a_relay_that_falls_silent_is_left_once_the_peer_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with answering(1) as port, relay_to(port) as relay, silence() as silent:
+        there, channels = record(relay.port, silent, relayed=2), Channels()
+        channel = channels.to(there)
+        assert channels.to(there, doubted=True) is channel, "it has only just been made"
+        monkeypatch.setattr(module, "DOUBT_S", 0.0)
+        assert channels.to(there, doubted=True) is not channel
+        assert channels.to(record(port), doubted=True) is channels.to(record(port), doubted=True), "no other way"
+        assert await round_trip_ms(channel, TIMEOUT_S) is not None, "whoever uses it still can"
+        await channels.close()
+
+
 async def test_the_direct_way_is_taken_when_it_works_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DIRECT_EVERY_S", 0.0)
     monkeypatch.setattr(module, "DIRECT_TIMEOUT_S", 0.5)

@@ -116,19 +116,25 @@ def test_its_record_stays_when_its_node_becomes_a_client(homes: Homes) -> None:
     assert seen()
 
 
-def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes) -> None:
+@pytest.mark.parametrize("end", ["killed", "cut off"])
+def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end: str) -> None:
     with homes.generate() as undisturbed:
         assert undisturbed.wait(120.0) == 0, undisturbed.stderr
     with homes.generate() as process:
         until(lambda: len(process.stdout) > 20, "the beginning of an answer")
         (used,) = [place for place in homes.relays if homes.network.is_connected("home-b", PUBLIC[place], RELAY)]
-        homes.relays[used].send(signal.SIGKILL)
+        if end == "killed":
+            homes.relays[used].send(signal.SIGKILL)
+        else:
+            homes.network.unplug(used)  # nobody is told
         before = len(process.stdout)
         assert process.wait(120.0) == 0, process.stderr
-        assert before < len(process.stdout), "it was killed in the middle"
+        assert before < len(process.stdout), "it was in the middle"
         assert process.stdout == undisturbed.stdout
-        print(f"\n{used} was killed after {before} of {len(process.stdout)} characters\n{process.stderr}")
+        print(f"\n{used} was {end} after {before} of {len(process.stdout)} characters\n{process.stderr}")
     homes.relays[used].kill()
+    if end == "cut off":
+        homes.network.plug(used)
     homes.relays[used] = homes.serve(used, "0:1")
     homes.relays[used].says(PEER.pattern)
 
