@@ -60,7 +60,8 @@ class Peer:
     def join(self) -> str:
         """Through which node others join: this one, or, where nobody can dial it, one through which it did itself."""
         through = () if self.found is None else self.found.maddrs
-        return next(iter((*self.node.maddrs, *through)))
+        own = self.node.maddrs
+        return next(iter((*own, *through) if self.record().direct else (*through, *own)))
 
     def record(self) -> PeerRecord:
         """What it says of itself now."""
