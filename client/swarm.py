@@ -217,10 +217,11 @@ class Swarm:
         await self.channels.close()
 
     async def _tidy(self) -> None:
-        """Closes the channels to peers that are gone, for ever."""
+        """Closes the channels to peers that are gone, and does without relays where that goes; for ever."""
         while True:
             await asyncio.sleep(self._config.refresh_s)
             await self.channels.forget_all_but(peer for peers in self.view.peers_by_model.values() for peer in peers)
+            await self.channels.go_direct(self._watched_peers())
 
 
 def _credentials(config: ClientConfig, base: DhtConfig) -> Credentials:
@@ -279,4 +280,4 @@ class ModelPeers:
         await self._swarm.look_again()
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        return self._swarm.channels.to(peer)
+        return self._swarm.channels.to(peer, doubted=peer.peer_id in self._swarm.blame.avoided())

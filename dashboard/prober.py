@@ -27,7 +27,7 @@ from protocol.ping import round_trip_ms
 ROUND_TRIPS = 4.0  # that an answer may take: a far peer is not a silent one
 CLOSE_TIMEOUT_S = 2.0
 
-Key = tuple[str, str, bytes]
+Key = tuple[str, tuple[str, ...], bytes]
 
 
 class Prober:
@@ -127,4 +127,4 @@ def stalest(
 
 
 def _key(peer: PeerRecord) -> Key:
-    return peer.peer_id, peer.addresses[0], peer.certificate_der
+    return peer.peer_id, peer.addresses, peer.certificate_der

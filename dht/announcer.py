@@ -65,7 +65,8 @@ def has_changed(before: PeerRecord, after: PeerRecord, load_step: float) -> bool
 
 
 def _facts(record: PeerRecord) -> PeerRecord:
-    """What is news whenever it changes: all but load, round-trip times and what was served, which ride along."""
+    """What is news whenever it changes: all but load, round-trip times, what was served and a relay's room. These ride
+    along."""
     return replace(
         record,
         kv_tokens_left=0,
@@ -74,6 +75,7 @@ def _facts(record: PeerRecord) -> PeerRecord:
         tokens_per_s=None,
         tokens_served=None,
         rtts_ms=(),
+        relay_places=0,
         sequence=0,
         expires_at=0.0,
         maddrs=(),

@@ -112,15 +112,20 @@ async def start_daemon(
     key_path: Path | None,
     initial: Sequence[Maddr],
     validator: PotluckValidator,
+    *,
+    listens: bool,
 ) -> Daemon:
     """A daemon that has joined through `initial`, or waits for others. Whether anyone answered is not checked here.
+
+    Args:
+        listens: others join through it, and it stores for them; else it is a client.
 
     Raises:
         ConfigError: the port is taken, or the host is no address of this machine.
         SwarmNotFound: p2pd reaches none of `initial`, or the DHT does not let us in within `join_timeout_s`.
     """
     texts = [str(maddr) for maddr in initial]
-    p2p = await _start_p2pd(config, identity, key_path, texts)
+    p2p = await _start_p2pd(config, identity if listens else None, key_path, texts)
     try:
         async with asyncio.timeout(config.join_timeout_s):
             dht = await DHTNode.create(
@@ -128,7 +133,7 @@ async def start_daemon(
                 # The same place in the key space after a restart: what it should hold is soon there again.
                 node_id=DHTID.generate(source=p2p.peer_id.to_base58()),
                 initial_peers=texts or None,
-                client_mode=identity is None,
+                client_mode=not listens,
                 num_replicas=config.replicas,
                 wait_timeout=config.rpc_timeout_s,
                 record_validator=validator,
@@ -143,7 +148,7 @@ async def start_daemon(
             )
         verdicts: Counter[str] = Counter()
         guard(dht.protocol, verdicts)
-        maddrs = () if identity is None else best_first(str(m) for m in await p2p.get_visible_maddrs(latest=True))
+        maddrs = () if not listens else best_first(str(m) for m in await p2p.get_visible_maddrs(latest=True))
     except BaseException as error:
         await _end_p2pd(p2p, config.stop_timeout_s)
         if isinstance(error, TimeoutError):

@@ -24,7 +24,7 @@ from dht.daemon import Daemon, start_daemon, tame_hivemind_logs
 from dht.maddr import Maddr
 from dht.probe import unreachable
 from dht.validator import PotluckValidator, Verifier
-from protocol.errors import ConfigError, SwarmNotFound
+from protocol.errors import ClockOff, ConfigError, SwarmNotFound
 from protocol.identity import Identity
 from protocol.join_token import JoinToken, read_join_token
 
@@ -44,6 +44,7 @@ class SwarmNode:
         peer_id: this node's id in libp2p, base58.
         maddrs: under which addresses others join through this node, best first; empty for a client.
         verifier: shared with readers, so that each record's signature is checked once.
+        clock_offset_s: how far the swarm's clock was ahead of ours when we joined, at least; None: nobody was there.
         refused: records that this node did not store or believe, by reason; readers take and clear it.
         swarm: by which a private swarm is told from others; empty: an open one.
     """
@@ -62,10 +63,12 @@ class SwarmNode:
         self.maddrs: tuple[str, ...] = ()
         self.verifier = Verifier(token=token)
         self.refused: Counter[str] = Counter()
+        self.clock_offset_s: float | None = None
         self._daemon: Daemon | None = None
         self._initial = {maddr.peer_id: maddr for maddr in initial}
         self._learned: dict[str, Maddr] = {}
         self._remembered: set[str] = set()
+        self._is_dialable = self._will_be_dialable = identity is not None
         self._key_path: Path | None = None
 
     @property
@@ -133,12 +136,18 @@ class SwarmNode:
             raise SwarmNotFound(f"the swarm cannot be read: {error!r}", retryable=True) from None
         return {key: _subkeys(result) for key, result in zip(keys, found, strict=True)}
 
+    def set_dialable(self, dialable: bool) -> None:
+        """Whether others can dial this node. One that they cannot lives on as clients do, within seconds: it announces
+        and reads, but nobody is sent to it to store, find or join."""
+        self._will_be_dialable = dialable and self.identity is not None
+
     async def open(self, key_path: Path | None) -> None:
         """Start and join. For `open_node` only, as the next two."""
         self._key_path = key_path
         await self._start(list(self._initial.values()))
         if self._initial:
             offsets = await self._running.clock_offsets(self._initial, self.config.rpc_timeout_s)
+            self.clock_offset_s = statistics.median(offsets) if offsets else None
             _check_joined(offsets, list(self._initial.values()))
 
     async def close(self) -> None:
@@ -156,6 +165,9 @@ class SwarmNode:
         while True:
             if await self._running.wait_for_end(self.config.reconnect_every_s):
                 log.warning("the DHT daemon ended unexpectedly; starting it again")
+                await self._restart()
+            elif self._will_be_dialable != self._is_dialable:
+                log.info("this node of the DHT is %s", "to be dialled" if self._will_be_dialable else "a client now")
                 await self._restart()
             visits = (self._running.visit(maddr, self.config.rpc_timeout_s) for maddr in self._to_visit())
             await asyncio.gather(*visits)
@@ -175,7 +187,10 @@ class SwarmNode:
 
     async def _start(self, nearby: Sequence[Maddr]) -> None:
         validator = PotluckValidator(self.verifier, self.now, self.refused)
-        self._daemon = await start_daemon(self.config, self.identity, self._key_path, nearby, validator)
+        self._is_dialable = self._will_be_dialable
+        self._daemon = await start_daemon(
+            self.config, self.identity, self._key_path, nearby, validator, listens=self._is_dialable
+        )
         self.peer_id, self.maddrs = self._daemon.peer_id, self._daemon.maddrs
 
     async def _restart(self) -> None:
@@ -207,7 +222,8 @@ async def open_node(
     Raises:
         ConfigError: the port is taken, the host is no address of this machine, or a multiaddr or the join token is
             malformed.
-        SwarmNotFound: none of `initial_peers` answers, or this machine's clock is off.
+        SwarmNotFound: none of `initial_peers` answers.
+        ClockOff: this machine's clock is off.
     """
     tame_hivemind_logs()
     token = await asyncio.to_thread(read_join_token, config.join_token)
@@ -226,7 +242,7 @@ def _check_joined(offsets: list[float], initial: Sequence[Maddr]) -> None:
         raise unreachable([str(maddr) for maddr in initial])
     skew = statistics.median(offsets)
     if abs(skew) > MAX_CLOCK_SKEW_S:
-        raise SwarmNotFound(
+        raise ClockOff(
             f"this machine's clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the swarm's, "
             f"and records expire by the clock; synchronise it (e.g. `timedatectl set-ntp true`) and try again"
         )

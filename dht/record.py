@@ -48,6 +48,7 @@ MAX_TOKENS_PER_S = 1e9
 MAX_TIME_S = 1e11
 """Around the year 5138: only there to keep arithmetic on times finite."""
 MAX_WIRE_VERSION = 1 << 16
+MAX_RELAY_PLACES = 1 << 16
 MAX_RTTS = 8
 MAX_RTT_MS = 6e4
 
@@ -59,7 +60,8 @@ class PeerRecord:
     Attributes:
         fingerprint: digest of the model (design section 5).
         n_blocks: blocks of the whole model.
-        addresses: where its gRPC server listens, `host:port` or `[v6]:port`, best first.
+        addresses: where its gRPC server is reached, `host:port` or `[v6]:port`, best first.
+        relayed: so many of them, the last ones, are relays': who dials there reaches this peer through another one.
         maddrs: where its DHT node listens, so that readers can come back without a bootstrap node.
         certificate_der: its TLS certificate, to which channels are pinned.
         block_digests: digests of the weights that it loaded, one for each block of the span in order; or empty.
@@ -72,6 +74,8 @@ class PeerRecord:
         pinned: its user named the blocks, so that it never moves.
         unbatched: it computes sessions one by one, since its model does not batch, or it was told so.
         device: says of peers where it is the same that they share a processor, and nothing else; empty: not said.
+        relay_port: where it relays for peers that nobody can dial, at the hosts of its own addresses; 0: it does not.
+        relay_places: how many more of them it takes.
         kv_tokens_left, kv_tokens_total: free and declared room for cached tokens.
         tokens_served: tokens that it has computed for others since it started, through whatever span; None: it does not
             say.
@@ -88,6 +92,9 @@ class PeerRecord:
     state: State
     addresses: tuple[str, ...]
     certificate_der: bytes
+    relayed: int = 0
+    relay_port: int = 0
+    relay_places: int = 0
     maddrs: tuple[str, ...] = ()
     block_digests: tuple[bytes, ...] = ()
     step_ms: float | None = None
@@ -111,6 +118,11 @@ class PeerRecord:
     started_at: float = 0.0
     sequence: int = 0
     expires_at: float = 0.0
+
+    @property
+    def direct(self) -> tuple[str, ...]:
+        """Those of the addresses that lead to it without a relay."""
+        return self.addresses[: len(self.addresses) - self.relayed]
 
     def key(self, shards: int) -> str:
         """The DHT key that holds this record when its model has `shards` shards."""
@@ -257,6 +269,9 @@ def _peer_payload(record: PeerRecord) -> dict[str, Any]:
         "stop": record.span.stop,
         "state": record.state,
         "addresses": list(record.addresses),
+        "relayed": record.relayed,
+        "relay_port": record.relay_port,
+        "relay_places": record.relay_places,
         "maddrs": list(record.maddrs),
         "certificate": record.certificate_der,
         "digests": list(record.block_digests),
@@ -291,6 +306,7 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
     if len(digests) not in (0, len(span)):
         raise BadRecord("digests are neither none nor one for each block")
     kv_total = fields.whole("kv_total", 0, MAX_KV_TOKENS)
+    addresses = fields.addresses("addresses", MAX_ADDRESSES)
     certificate = fields.raw("certificate", MAX_CERTIFICATE_BYTES)
     if common_name(load_certificate(certificate)) != certificate_name(signer):
         raise BadRecord("the certificate names another peer")
@@ -300,8 +316,11 @@ def _peer_from_payload(payload: bytes, signer: str, sequence: int, expires_at: f
         n_blocks=n_blocks,
         span=span,
         state=cast("State", fields.one_of("state", STATES)),
-        addresses=fields.addresses("addresses", MAX_ADDRESSES),
+        addresses=addresses,
         certificate_der=certificate,
+        relayed=_whole_or_zero(fields, "relayed", len(addresses)),
+        relay_port=_whole_or_zero(fields, "relay_port", 65535),
+        relay_places=_whole_or_zero(fields, "relay_places", MAX_RELAY_PLACES),
         maddrs=fields.tokens("maddrs", MAX_ADDRESSES, MAX_MADDR_CHARS),
         block_digests=digests,
         step_ms=fields.number_or_none("step_ms", 0, MAX_STEP_MS),
@@ -352,6 +371,11 @@ def _model_from_payload(payload: bytes, signer: str, sequence: int, expires_at: 
 def _tokens_served(fields: Fields) -> int | None:
     number = fields.number_or_none("tokens_served", 0, MAX_TOKENS_SERVED) if "tokens_served" in fields else None
     return None if number is None else int(number)
+
+
+def _whole_or_zero(fields: Fields, name: str, high: int) -> int:
+    """A number that older software does not write."""
+    return fields.whole(name, 0, high) if name in fields else 0
 
 
 def _span_or_none(fields: Fields, name: str, n_blocks: int) -> Span | None:

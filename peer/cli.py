@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,6 +50,38 @@ def serve(**options: Any) -> None:
     raise_limit()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(config, _dht_config(config)))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON, for programs.")
+@config_options(PeerConfig)
+def doctor(as_json: bool, **options: Any) -> None:
+    """Find out whether this machine can serve with these options, and what to do where it cannot.
+
+    Looks at addresses, ports, memory, GPU, the swarm's directory and clock, and has peers of the swarm try whether they
+    reach this machine, directly or through a relay. Announces nothing.
+
+    Exit code 0: it can serve, be it through a relay; 1: it cannot.
+
+    \b
+    Examples:
+      python -m peer doctor
+      python -m peer doctor --port 31331 --dht-port 31330 --join /ip4/192.0.2.7/tcp/31330/p2p/Qm...
+    """
+    config = load(PeerConfig, options, section=SECTION)
+
+    from peer.doctor import examine
+    from peer.findings import can_serve
+    from peer.report import render
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        found = runner.run(examine(config, _dht_config(config)))
+    serves = can_serve(found)
+    if as_json:
+        click.echo(json.dumps({"can_serve": serves, "findings": [asdict(finding) for finding in found]}, indent=2))
+    else:
+        render(found)
+    sys.exit(0 if serves else 1)
 
 
 def _dht_config(config: PeerConfig) -> DhtConfig:
@@ -94,7 +128,7 @@ async def _look_first(config: PeerConfig, dht_config: DhtConfig) -> None:
     from slicing.source import find_here
 
     Entry.read(dht_config.join_token, config.allow, config.deny)
-    for port in (config.port, dht_config.port):
+    for port in (config.port, dht_config.port, config.relay_port if config.relay else 0):
         ports.bind(config.host, port)
     if config.model is not None:
         find_here(config.model)
@@ -142,13 +176,13 @@ def _say(text: str) -> None:
 def _show(peer: Peer) -> None:
     """What others need. The first lines are for people, but their form is kept: programs read them."""
     host, record = peer.host, peer.record()
-    click.echo(f"peer {record.peer_id} serves blocks {record.span} of {host.served.model} at {record.addresses[0]}")
-    for maddr in peer.node.maddrs[:1]:
-        click.echo(f"join {maddr}")
+    at = record.addresses[0] if record.addresses else "nowhere"
+    click.echo(f"peer {record.peer_id} serves blocks {record.span} of {host.served.model} at {at}")
+    click.echo(f"join {peer.join}")
     click.echo(
         f"{host.served.n_blocks} blocks in all; room for {host.budget.tokens_total} tokens; "
         f"{host.meter.step_ms or 0:.1f} ms per token.\n"
-        f"Others join with:  python -m peer serve --join {peer.node.maddrs[0]}\n"
+        f"Others join with:  python -m peer serve --join {peer.join}\n"
         "On this machine:   python -m client chat\n"
         "Ctrl-C leaves.",
         err=True,

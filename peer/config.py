@@ -51,6 +51,20 @@ class PeerConfig:
     announce_port: int | None = field(
         default=None, metadata={"help": "Port that others reach --port at, if a router forwards another one to it."}
     )
+    relay: bool = field(
+        default=True,
+        metadata={
+            "help": "Be there, too, for peers that nobody can dial: what they send and receive goes through here."
+        },
+    )
+    relay_port: int = field(default=0, metadata={"help": "Port at which this peer relays; 0 picks a free one."})
+    relay_announce_port: int | None = field(
+        default=None,
+        metadata={"help": "Port that others reach --relay-port at, if a router forwards another one to it."},
+    )
+    relay_mbps: float = field(
+        default=50.0, metadata={"help": "How fast it relays at most, all together, in megabits per second."}
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
     )
@@ -159,14 +173,17 @@ class PeerConfig:
             raise ConfigError(f"--num-blocks must be at least 1, not {self.num_blocks}")
         if self.new_swarm and self.join:
             raise ConfigError("--new-swarm and --join exclude each other")
-        for name in ("port", "dht_port"):
+        for name in ("port", "dht_port", "relay_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name} must be between 0 and 65535, not {getattr(self, name)}")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ConfigError(f"--metrics-port must be between 0 and 65535, not {self.metrics_port}")
         if self.announce_port is not None and not 1 <= self.announce_port <= 65535:
             raise ConfigError(f"--announce-port must be between 1 and 65535, not {self.announce_port}")
+        if self.relay_announce_port is not None and not 1 <= self.relay_announce_port <= 65535:
+            raise ConfigError(f"--relay-announce-port must be between 1 and 65535, not {self.relay_announce_port}")
         for name in (
+            "relay_mbps",
             "drain_s",
             "balance_every_s",
             "kv_tokens",

@@ -19,7 +19,7 @@ from dht.background import task_group
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.channel import connected, has_failed, open_channel, peer_error, why_unreachable
+from protocol.channel import connected, has_failed, open_channel, peer_error, targets, why_unreachable
 from protocol.errors import PeerLost, PotluckError
 from protocol.frames import step_frames
 from protocol.limits import MESSAGE_BYTES
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RESOLVE_TIMEOUT_S = 5.0  # to find a record that is not at hand; the client relays meanwhile, or gives the peer up
 CONNECT_TIMEOUT_S = 1.0
+RELAY_TIMEOUT_S = 1.0  # more, for a relay to have the next peer come
 WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is noticed by the client, long before
 MAX_LINKS = 256
 UNREACHABLE = "the next peer cannot be reached from here"
@@ -143,11 +144,14 @@ class _Link:
                 raise PeerLost("the next peer is not in the swarm's records", peer_id=self._peer_id)
             if record == tried:
                 raise PeerLost(f"{UNREACHABLE}: {why}", peer_id=self._peer_id)
-            channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=MESSAGE_BYTES)
-            if await connected(channel, CONNECT_TIMEOUT_S):
-                return channel
-            why = await why_unreachable(channel, CONNECT_TIMEOUT_S) if has_failed(channel) else "it does not answer"
-            await channel.close(None)
+            for turn in range(len(targets(record.addresses))):
+                channel = open_channel(
+                    record.addresses, record.certificate_der, max_message_bytes=MESSAGE_BYTES, turn=turn
+                )
+                if await connected(channel, CONNECT_TIMEOUT_S + (RELAY_TIMEOUT_S if record.relayed else 0.0)):
+                    return channel
+                why = await why_unreachable(channel, CONNECT_TIMEOUT_S) if has_failed(channel) else "it does not answer"
+                await channel.close(None)
             if tried is not None:
                 raise PeerLost(f"{UNREACHABLE}: {why}", peer_id=self._peer_id)
             tried = record

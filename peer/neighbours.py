@@ -67,7 +67,7 @@ class Neighbours:
                 tasks.create_task(self._ping(peer), name=f"ping {peer.peer_id[-8:]}")
 
     async def _ping(self, peer: PeerRecord) -> None:
-        channel = open_channel(peer.addresses[0], peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
+        channel = open_channel(peer.addresses, peer.certificate_der, max_message_bytes=MESSAGE_BYTES)
         try:
             rtt_ms = await round_trip_ms(channel, PING_TIMEOUT_S)
         finally:

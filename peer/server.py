@@ -32,6 +32,7 @@ from peer.loading import SpanLoader
 from peer.metrics import serving_metrics
 from peer.neighbours import Neighbours
 from peer.placement import MovePolicy
+from peer.reach.whereabouts import Around, keeping_track
 from peer.standing import Standing
 from protocol.errors import SwarmNotFound, UnknownModel, WrongModel
 from protocol.identity import Identity, claim_identity
@@ -56,6 +57,13 @@ class Peer:
         """What serves now."""
         assert self.standing.host is not None, "between two spans there is no host"
         return self.standing.host
+
+    @property
+    def join(self) -> str:
+        """Through which node others join: this one, or, where nobody can dial it, one through which it did itself."""
+        through = () if self.found is None else self.found.maddrs
+        own = self.node.maddrs
+        return next(iter((*own, *through) if self.record().direct else (*through, *own)))
 
     def record(self) -> PeerRecord:
         """What it says of itself now."""
@@ -121,11 +129,23 @@ async def open_peer(
         neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
         await stack.enter_async_context(background(neighbours.run(), "neighbours"))
         standing.rtts_ms = neighbours.rtts_ms
+        around = Around(
+            hosts=partial(_hosts, config, node),
+            peers=lambda: [peer for peers in reader.view.peers_by_model.values() for peer in peers],
+            port=lambda: standing.port,
+            host=lambda: standing.host,
+            announce=announcer.announce,
+            set_dialable=node.set_dialable,
+            say=say,
+        )
+        whereabouts = await stack.enter_async_context(keeping_track(identity, config, around))
+        standing.place = whereabouts.place
         find = _permitted(Finder(reader).find, entry.lists)
         open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find, entry=entry)
         hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
         await stack.enter_async_context(background(hosting.run(), "hosting"))
         await hosting.ready.wait()
+        await whereabouts.known.wait()
         yield Peer(node, announcer, standing, found)
 
 

@@ -24,6 +24,7 @@ from peer.engine import Engine
 from peer.gate import Gate
 from peer.links import Links
 from peer.pump import SEND_TIMEOUT_S, Pump, ReplyStream
+from peer.reach.dialback import DialBacks
 from peer.session import ClientLeft, Delivery, Session, SessionTable
 from peer.tally import Tally
 from protocol import potluck_pb2 as pb
@@ -84,6 +85,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     Attributes:
         links: to the peers after this one; set before the port opens.
+        dial_backs: tells others whether they can be reached.
         begun, pushed, relayed: steps so far that came from clients at the model's first block, from the peer before
             this one, and from clients that had to carry them from there.
     """
@@ -99,6 +101,7 @@ class PeerService(pb_grpc.PeerServicer):
         tally: Tally,
     ) -> None:
         self.links: Links | None = None
+        self.dial_backs = DialBacks()
         self.begun = self.pushed = self.relayed = 0
         self.gate = gate
         self._describe = describe
@@ -143,6 +146,14 @@ class PeerService(pb_grpc.PeerServicer):
             queue=self._engine.queued,
             expected_ms=self._engine.expected_ms,
         ).to_proto()
+
+    async def DialBack(self, request: pb.DialBackRequest, context: Any) -> pb.DialBackReply:  # noqa: N802
+        try:
+            return await self.dial_backs.answer(request, context.peer())
+        except PotluckError as error:
+            code = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, WireError) else grpc.StatusCode.UNAVAILABLE
+            await context.abort(code, error.message)
+            raise
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
         async with self._counted(context):

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from dht.record import PeerRecord, State
+from dht.record import MAX_ADDRESSES, PeerRecord, State
 from peer import device
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
+from peer.reach.places import Place, address
 from protocol.identity import Identity
 from protocol.limits import WIRE_VERSION
 from protocol.span import Span
@@ -31,6 +32,7 @@ class Standing:
         moves: so often it went to other blocks, since it started.
         leaving: from then on `state` stays "draining", whatever else happens.
         rtts_ms: round-trip times for the record.
+        place: where others reach a port of this machine, instead of at `hosts`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Standing:
         self.moves = 0
         self.leaving = False
         self.rtts_ms: Callable[[], tuple[tuple[str, float], ...]] = tuple
+        self.place: Callable[[int], Place] | None = None
         self._digests: tuple[bytes, ...] = ()
         self._hosts = hosts
         self._announce_port = config.announce_port
@@ -118,12 +121,16 @@ class Standing:
 
     def record(self) -> PeerRecord:
         """The present record; cheap."""
+        place = self._place()
         record = replace(
             self._template,
             span=self.span,
             state=self.state,
             moving_to=None if self.leaving else self.moving_to,
-            addresses=self._addresses(),
+            addresses=place.addresses,
+            relayed=place.relayed,
+            relay_port=place.relay_port,
+            relay_places=place.relay_places,
             block_digests=self._digests,
             rtts_ms=self.rtts_ms(),
             tokens_served=self._served_before,
@@ -142,9 +149,15 @@ class Standing:
             kv_tokens_total=host.budget.tokens_total,
         )
 
-    def _addresses(self) -> tuple[str, ...]:
-        """Where clients reach the gRPC port; none before it is open."""
-        if not self._port:
-            return ()
-        port = self._announce_port or self._port
-        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in self._hosts()[:8])
+    @property
+    def port(self) -> int:
+        """At which clients reach it; 0 before it is open."""
+        return (self._announce_port or self._port) if self._port else 0
+
+    def _place(self) -> Place:
+        """Where clients reach the gRPC port; nowhere before it is open."""
+        if not self.port:
+            return Place()
+        if self.place is not None:
+            return self.place(self.port)
+        return Place(tuple(address(host, self.port) for host in self._hosts()[:MAX_ADDRESSES]))

@@ -21,6 +21,7 @@ class Verb:
 
 VERBS = {
     "serve": Verb("peer.cli", "serve", "Share this machine: serve blocks of a model."),
+    "doctor": Verb("peer.cli", "doctor", "Find out whether this machine can serve."),
     "chat": Verb("client.cli", "chat", "Talk with the swarm's model."),
     "generate": Verb("client.cli", "generate", "Answer one prompt."),
     "status": Verb("client.cli", "status", "Show models, missing blocks and peers."),

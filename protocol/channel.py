@@ -7,8 +7,9 @@ Fork rule (measured, transport.md section 1): gRPC must never be used in a child
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import grpc
 import grpc.aio
@@ -27,6 +28,8 @@ MIN_PING_GAP_MS = 5_000
 """Below what clients send: a stricter server would end their connections with `too_many_pings`."""
 RECONNECT_MIN_MS = 100
 RECONNECT_MAX_MS = 2_000
+NEXT_ADDRESS_MS = 250
+"""A connection attempt gets this head start before the next of a peer's addresses is tried beside it (RFC 8305)."""
 
 Option = tuple[str, int | str]
 
@@ -73,11 +76,18 @@ def server_options(max_message_bytes: int) -> list[Option]:
     ]
 
 
-def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int) -> grpc.aio.Channel:
-    """A channel to `address` (`host:port` or `[v6]:port`) that only the holder of the certificate's key can answer.
+def open_channel(
+    address: str | Sequence[str], certificate_der: bytes, *, max_message_bytes: int, turn: int = 0
+) -> grpc.aio.Channel:
+    """A channel to an address (`host:port` or `[v6]:port`) that only the holder of the certificate's key can answer.
 
-    Connects at the first call. With another certificate at the address every call fails at once with UNAVAILABLE,
-    which `peer_error` makes a `PeerLost` that says so.
+    Connects at the first call, and anew when a connection has broken. Of several addresses those are tried that belong
+    together (see `targets`), in their order, the next one when one has refused or been silent for a quarter of a
+    second. With another certificate at an address every call fails at once with UNAVAILABLE, which `peer_error` makes a
+    `PeerLost` that says so.
+
+    Args:
+        turn: which of the `targets`, counted round.
 
     Raises:
         BadRecord: the certificate does not parse.
@@ -87,6 +97,7 @@ def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int
     options: list[Option] = [
         *_shared_options(max_message_bytes),
         ("grpc.ssl_target_name_override", name),
+        ("grpc.happy_eyeballs_connection_attempt_delay_ms", NEXT_ADDRESS_MS),
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
         ("grpc.min_reconnect_backoff_ms", RECONNECT_MIN_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
@@ -97,7 +108,33 @@ def open_channel(address: str, certificate_der: bytes, *, max_message_bytes: int
         ("grpc.service_config_disable_resolution", 1),
     ]
     credentials = grpc.ssl_channel_credentials(root_certificates=pem)
-    return grpc.aio.secure_channel(f"dns:///{address}", credentials, options=options)
+    found = targets([address] if isinstance(address, str) else address)
+    return grpc.aio.secure_channel(found[turn % len(found)], credentials, options=options)
+
+
+def targets(addresses: Iterable[str]) -> tuple[str, ...]:
+    """What grpc calls them: IP addresses all together, which it tries in this order, and each name for itself.
+
+    Those come first that the first address belongs to. IPv4 addresses among IPv6 ones are written as these; grpc dials
+    them as what they are, where there is no IPv6, too.
+    """
+    literal: list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, str]] = []
+    names: list[str] = []
+    listed = list(addresses)
+    for address in listed:
+        host, _, port = address.rpartition(":")
+        try:
+            literal.append((ipaddress.ip_address(host.strip("[]")), port))
+        except ValueError:
+            names.append(f"dns:///{address}")
+    if not literal:
+        return tuple(names)
+    if all(host.version == 4 for host, _ in literal):
+        together = "ipv4:" + ",".join(f"{host}:{port}" for host, port in literal)
+    else:
+        mapped = [(f"::ffff:{host}" if host.version == 4 else str(host), port) for host, port in literal]
+        together = "ipv6:" + ",".join(f"[{host}]:{port}" for host, port in mapped)
+    return (*names, together) if names and names[0] == f"dns:///{listed[0]}" else (together, *names)
 
 
 async def connected(channel: grpc.aio.Channel, timeout_s: float) -> bool:

@@ -4,6 +4,7 @@
     ├── UserError                a person asked for something that cannot be: exit code 2, one sentence
     │   ├── ConfigError          a flag, variable or configuration file has a bad value
     │   ├── SwarmNotFound        no swarm was named and none was found
+    │   │   └── ClockOff         this machine's clock and the swarm's disagree
     │   ├── BadRequest           a request over HTTP asks for what cannot be (client/api/errors.py)
     │   └── ModelError           the model cannot be used
     │       ├── UnknownModel     no folder, hub id, or embedded model of that name
@@ -24,6 +25,7 @@
     │   ├── StaleEpoch           the session has moved on without the caller
     │   ├── NotAdmitted          it takes no sessions of this client: a token, a list or a signature says so
     │   ├── WrongModel           it serves another model, or other weights
+    │   ├── Unseen               it does not see where the caller is (retryable: elsewhere)
     │   └── PeerFault            it failed internally (retryable: elsewhere)
     ├── Busy                     as many requests over HTTP wait as may (retryable: later; client/api/errors.py)
     └── BlocksMissing            no chain covers the model: some blocks have no peer (retryable: later)
@@ -82,6 +84,12 @@ class SwarmNotFound(UserError):
     """No swarm was named and none was found."""
 
     code = "swarm-not-found"
+
+
+class ClockOff(SwarmNotFound):
+    """This machine's clock and the swarm's disagree, so that each would take the other's records for expired."""
+
+    code = "clock-off"
 
 
 class ModelError(UserError):
@@ -204,6 +212,13 @@ class WrongModel(PeerError):
     """The peer serves another model, other weights, or other blocks than asked for."""
 
     code = "wrong-model"
+
+
+class Unseen(PeerError):
+    """The peer does not see where the caller is, since the call came through a relay."""
+
+    code = "unseen"
+    default_retryable = True
 
 
 class PeerFault(PeerError):

@@ -301,3 +301,21 @@ class ProgressReply(_message.Message):
     queue: int
     expected_ms: float
     def __init__(self, epoch: _Optional[int] = ..., received: _Optional[int] = ..., next_step: _Optional[int] = ..., sent: _Optional[int] = ..., arriving_bytes: _Optional[int] = ..., queue: _Optional[int] = ..., expected_ms: _Optional[float] = ...) -> None: ...
+
+class DialBackRequest(_message.Message):
+    __slots__ = ("wire_version", "certificate", "ports")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    certificate: bytes
+    ports: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, wire_version: _Optional[int] = ..., certificate: _Optional[bytes] = ..., ports: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DialBackReply(_message.Message):
+    __slots__ = ("host", "reached")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    REACHED_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    reached: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, host: _Optional[str] = ..., reached: _Optional[_Iterable[int]] = ...) -> None: ...

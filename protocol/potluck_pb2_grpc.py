@@ -59,6 +59,11 @@ class PeerStub:
                 request_serializer=protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
                 response_deserializer=protocol_dot_potluck__pb2.ProgressReply.FromString,
                 _registered_method=True)
+        self.DialBack = channel.unary_unary(
+                '/potluck.Peer/DialBack',
+                request_serializer=protocol_dot_potluck__pb2.DialBackRequest.SerializeToString,
+                response_deserializer=protocol_dot_potluck__pb2.DialBackReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -99,6 +104,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DialBack(self, request, context):
+        """Can the caller be reached where this call comes from?
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Progress,
                     request_deserializer=protocol_dot_potluck__pb2.ProgressRequest.FromString,
                     response_serializer=protocol_dot_potluck__pb2.ProgressReply.SerializeToString,
+            ),
+            'DialBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.DialBack,
+                    request_deserializer=protocol_dot_potluck__pb2.DialBackRequest.FromString,
+                    response_serializer=protocol_dot_potluck__pb2.DialBackReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class Peer:
             '/potluck.Peer/Progress',
             protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
             protocol_dot_potluck__pb2.ProgressReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DialBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/potluck.Peer/DialBack',
+            protocol_dot_potluck__pb2.DialBackRequest.SerializeToString,
+            protocol_dot_potluck__pb2.DialBackReply.FromString,
             options,
             channel_credentials,
             insecure,

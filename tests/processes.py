@@ -89,9 +89,12 @@ class Process:
         arguments: `"peer", "serve", "--blocks", "0:3"`.
         has_input: can `write` to its standard input; else there is nothing to read.
         anew: is it a fresh interpreter? Else it is forked, which is faster: see `tests.forks`.
+        through: a command that runs it, in its own process id, if it is a fresh one: `ip netns exec NAME`.
     """
 
-    def __init__(self, home: Path, *arguments: str, has_input: bool = False, anew: bool = False) -> None:
+    def __init__(
+        self, home: Path, *arguments: str, has_input: bool = False, anew: bool = False, through: Sequence[str] = ()
+    ) -> None:
         self.name = " ".join(arguments)
         self._home = home
         logs = home / "logs"
@@ -103,7 +106,7 @@ class Process:
         if anew:
             with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-m", *arguments],
+                    [*through, sys.executable, "-m", *arguments],
                     stdin=subprocess.PIPE if has_input else subprocess.DEVNULL,
                     stdout=stdout,
                     stderr=stderr,

@@ -63,7 +63,8 @@ SECTION_OF = {"serve": "peer", "generate": "client", "chat": "client", "status":
 OURS = re.compile(r"(python -m (peer|client|dht|dashboard|demo|potluck|benchmarks)|potluck (?!-)|make )")
 HARMLESS = {"source .venv/bin/activate", "nvidia-smi"}
 IN_THE_SWARM = re.compile(
-    r"(?:echo .* \| )?python -m (client (generate|chat|status|id)\b|peer join-token|peer (-v )?serve\b|dht bootstrap\b)"
+    r"(?:echo .* \| )?python -m (client (generate|chat|status|id)\b"
+    r"|peer (join-token|doctor|(-v )?serve)\b|dht bootstrap\b)"
 )
 """Commands that are run, unless they are among these:"""
 NOT_RUN = {
@@ -100,6 +101,7 @@ ANSWERS = {
     "client chat": "Paris",
     "client id": "12D3Koo",
     "join-token": "potluck1-",
+    "doctor": "can serve",
 }
 """What is said to a command in which this occurs, the first that fits."""
 AS_A_PROCESS = 'python -m client generate "What is the capital of France?"'
@@ -346,7 +348,7 @@ def test_what_consoles_show_is_known() -> None:
 def joined(text: str, swarm: str) -> str:
     """A command as it can be given here: the pages' example of an address is this swarm's, its ports are any."""
     text = re.sub(r"/ip4/192\.0\.2\.7/tcp/31330/p2p/\w+", swarm, text)
-    return re.sub(r"(--(?:dht-|metrics-)?port) \d+", r"\1 0", text)
+    return re.sub(r"(--(?:dht-|metrics-|relay-)?port) \d+", r"\1 0", text)
 
 
 async def serve(options: dict[str, object]) -> None:

@@ -1,0 +1,166 @@
+"""Who is registered with a relay, who waits for whom, and how many there may be. Pure: no sockets, no clock."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from peer.reach.frames import TOKEN_BYTES
+from protocol.errors import PeerFull, PeerLost
+
+Line = TypeVar("Line")
+"""A connection, whatever that is to whoever has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """What a relay takes on, beside bytes per second.
+
+    Attributes:
+        providers: peers that it serves; `providers_per_block`: of one block of addresses.
+        calls: clients' connections, those that wait for their peer counted; `calls_per_provider`: of one peer;
+            `calls_per_block`: of one block of addresses.
+        waiting_per_provider: of these, such as wait for the peer.
+        strangers: connections of which nobody knows yet what they are; `strangers_per_block`: of one block of
+            addresses.
+        hello_s: seconds in which a connection says what it is.
+        dial_s: seconds in which a peer comes for a client.
+        idle_s: seconds without a byte after which a client's connection is ended.
+        silent_s: seconds without a word after which a registered peer is forgotten.
+    """
+
+    providers: int = 64
+    providers_per_block: int = 8
+    calls: int = 256
+    calls_per_provider: int = 64
+    calls_per_block: int = 48
+    waiting_per_provider: int = 16
+    strangers: int = 128
+    strangers_per_block: int = 32
+    hello_s: float = 5.0
+    dial_s: float = 5.0
+    idle_s: float = 120.0
+    silent_s: float = 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Provider(Generic[Line]):
+    line: Line
+    block: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Line]):
+    """A client's connection, or wish for one: to the peer of that name, from that block of addresses."""
+
+    name: str
+    block: str
+    client: Line
+
+
+class Switchboard(Generic[Line]):
+    """Finds a client's peer by the name in its certificate."""
+
+    def __init__(self, limits: RelayLimits) -> None:
+        self._limits = limits
+        self._providers: dict[str, _Provider[Line]] = {}  # by name
+        self._waiting: dict[bytes, Call[Line]] = {}  # by token
+        self._calls: Counter[str] = Counter()  # by name
+        self._callers: Counter[str] = Counter()  # by block
+        self._strangers: Counter[str] = Counter()  # by block
+
+    @property
+    def places_left(self) -> int:
+        """How many more peers may register."""
+        return max(0, self._limits.providers - len(self._providers))
+
+    @property
+    def providers(self) -> int:
+        return len(self._providers)
+
+    @property
+    def calls(self) -> int:
+        """Clients' connections, those that wait counted."""
+        return self._calls.total()
+
+    # ------------------------------------------------------------------ who comes
+
+    def greet(self, block: str) -> bool:
+        """May somebody come from this block of addresses, to say what they want? If so, `leave` later."""
+        if (
+            self._strangers.total() >= self._limits.strangers
+            or self._strangers[block] >= self._limits.strangers_per_block
+        ):
+            return False
+        self._strangers[block] += 1
+        return True
+
+    def leave(self, block: str) -> None:
+        """One who was greeted is none of the strangers any more."""
+        _less(self._strangers, block)
+
+    # ------------------------------------------------------------------ peers
+
+    def register(self, name: str, line: Line, block: str) -> Line | None:
+        """From now on clients who ask for `name` are `line`'s. Returns the line that was before it, to be closed.
+
+        Raises:
+            PeerFull: there is no place.
+        """
+        before = self._providers.get(name)
+        if before is None:
+            near = sum(1 for provider in self._providers.values() if provider.block == block)
+            if not self.places_left or near >= self._limits.providers_per_block:
+                raise PeerFull("this relay serves as many peers as it can")
+        self._providers[name] = _Provider(line, block)
+        return None if before is None else before.line
+
+    def unregister(self, name: str, line: Line) -> None:
+        """The peer's line has ended; nothing, if it has another one by now."""
+        if name in self._providers and self._providers[name].line is line:
+            del self._providers[name]
+
+    # ------------------------------------------------------------------ clients
+
+    def call(self, name: str, client: Line, block: str) -> tuple[bytes, Line]:
+        """A client asks for `name`. Returns the token with which the peer shall come, and its line, to be told.
+
+        The call counts until `hang_up`.
+
+        Raises:
+            PeerLost: nobody of that name is registered.
+            PeerFull: there are too many clients: here, for that peer, or from there.
+        """
+        provider = self._providers.get(name)
+        if provider is None:
+            raise PeerLost("no peer of that name is registered")
+        waiting = sum(1 for call in self._waiting.values() if call.name == name)
+        if (
+            self.calls >= self._limits.calls
+            or self._calls[name] >= self._limits.calls_per_provider
+            or self._callers[block] >= self._limits.calls_per_block
+            or waiting >= self._limits.waiting_per_provider
+        ):
+            raise PeerFull("this relay carries as many connections as it can")
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._waiting[token] = Call(name, block, client)
+        self._calls[name] += 1
+        self._callers[block] += 1
+        return token, provider.line
+
+    def answer(self, token: bytes) -> Call[Line] | None:
+        """The call for which a peer has come; None: nobody waits with that token any longer."""
+        return self._waiting.pop(token, None)
+
+    def hang_up(self, call: Call[Line]) -> None:
+        """The call has ended."""
+        _less(self._calls, call.name)
+        _less(self._callers, call.block)
+
+
+def _less(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if counter[key] <= 0:
+        del counter[key]

@@ -1,0 +1,174 @@
+"""Two homes behind routers that forward nothing, and two volunteers between them who relay: with real processes in
+network namespaces, which are made and removed here. Root, `ip`, `tc` and `nft` are needed; else this is skipped, and
+says why.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Process, nothing_left_over, until
+from tests.reach.network import PUBLIC, Network, trouble, two_homes
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "Tell me about the animals."
+TOKENS = 400
+LINE_MBIT = 100
+SHAPED_BAR, UNSHAPED_BAR = 0.9, 0.3
+GRPC, DHT, RELAY = 31331, 31330, 31332
+FORWARDED = 41000  # of which nobody knows but the test
+PEER = re.compile(r"^peer (\S+) serves blocks (\d+:\d+) of (.+) at (\S+)$", re.M)
+
+
+@dataclass
+class Homes:
+    """The network with its peers: `one` and `two` relay and serve block 0, `hidden` serves all, from home a."""
+
+    network: Network
+    folder: Path
+    relays: dict[str, Process]
+    hidden: Process
+    maddr: str
+
+    def start(self, place: str, *arguments: str) -> Process:
+        """A command in one of the places."""
+        home = self.folder / place
+        home.mkdir(exist_ok=True)
+        return Process(home, *arguments, anew=True, through=self.network.inside(place))
+
+    def run(self, place: str, *arguments: str) -> tuple[int, str, str]:
+        """A command to its end: exit code, stdout, stderr."""
+        with self.start(place, *arguments) as process:
+            return process.wait(120.0), process.stdout, process.stderr
+
+    def serve(self, place: str, blocks: str) -> Process:
+        join = ("--join", self.maddr) if self.maddr else ("--new-swarm",)
+        return self.start(
+            place, "peer", "-v", "serve", "--blocks", blocks, "--threads", "1", "--port", str(GRPC),
+            "--dht-port", str(DHT), "--relay-port", str(RELAY), "--relay-mbps", "100000", *join,
+        )  # fmt: skip
+
+    @property
+    def hidden_id(self) -> str:
+        return self.hidden.says(PEER.pattern)[1]
+
+    def generate(self) -> Process:
+        return self.start(
+            "home-b", "client", "generate", "--raw", "--max-new-tokens", str(TOKENS), "--speculate", "off", "--stats",
+            "--join", self.maddr, "--route", self.hidden_id, PROMPT,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homes]:
+    if (reason := trouble()) is not None:
+        pytest.skip(f"no network of two homes: {reason}")
+    folder = tmp_path_factory.mktemp("homes")
+    print("\nmaking network namespaces: two homes, and a public network between them")
+    with two_homes() as network:
+        homes = Homes(network, folder, {}, None, "")  # type: ignore[arg-type]
+        try:
+            for place in ("one", "two"):
+                homes.relays[place] = homes.serve(place, "0:1")
+                maddr = homes.relays[place].says(r"^join (/\S+)$")[1]
+                homes.maddr = homes.maddr or maddr
+            homes.hidden = homes.serve("home-a", "0:24")
+            yield homes
+        finally:
+            for process in (*homes.relays.values(), homes.hidden):
+                if process is not None:
+                    process.kill()
+            for place in ("one", "two", "home-a", "home-b"):
+                with nothing_left_over(folder / place):
+                    pass
+    print("the network namespaces are gone")
+
+
+def test_a_hidden_peer_is_announced_at_relays(homes: Homes) -> None:
+    at = homes.hidden.says(PEER.pattern)[4]
+    assert at in {f"{PUBLIC['one']}:{RELAY}", f"{PUBLIC['two']}:{RELAY}"}
+    homes.hidden.says("others do not reach port 31331 at 45.77.30.2", on_stderr=True)
+    homes.hidden.says("have your router forward TCP port 31331", on_stderr=True)
+    homes.hidden.says("so that they come through 2 relays", on_stderr=True)
+    homes.relays["one"].says("others reach this machine at 45.77.10.2", on_stderr=True)
+
+
+def test_its_record_stays_when_its_node_becomes_a_client(homes: Homes) -> None:
+    homes.hidden.says("this node of the DHT is a client now", on_stderr=True)
+
+    def seen() -> bool:
+        _, out, _ = homes.run("home-b", "client", "status", "--json", "--join", homes.maddr)
+        peers = [peer for model in json.loads(out)["models"] for peer in model["peers"]]
+        return homes.hidden_id in {peer["peer_id"] for peer in peers} and len(peers) == 3
+
+    until(seen, "all three peers", 60.0)
+    time.sleep(25.0)  # it has announced itself anew
+    assert seen()
+
+
+@pytest.mark.parametrize("end", ["killed", "cut off"])
+def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end: str) -> None:
+    with homes.generate() as undisturbed:
+        assert undisturbed.wait(120.0) == 0, undisturbed.stderr
+    with homes.generate() as process:
+        until(lambda: len(process.stdout) > 20, "the beginning of an answer")
+        (used,) = [place for place in homes.relays if homes.network.is_connected("home-b", PUBLIC[place], RELAY)]
+        if end == "killed":
+            homes.relays[used].send(signal.SIGKILL)
+        else:
+            homes.network.unplug(used)  # nobody is told
+        before = len(process.stdout)
+        assert process.wait(120.0) == 0, process.stderr
+        assert before < len(process.stdout), "it was in the middle"
+        assert process.stdout == undisturbed.stdout
+        print(f"\n{used} was {end} after {before} of {len(process.stdout)} characters\n{process.stderr}")
+    homes.relays[used].kill()
+    if end == "cut off":
+        homes.network.plug(used)
+    homes.relays[used] = homes.serve(used, "0:1")
+    homes.relays[used].says(PEER.pattern)
+
+
+def test_doctor_in_a_home_says_that_it_can_serve_through_a_relay(homes: Homes) -> None:
+    code, out, error = homes.run("home-b", "peer", "doctor", "--json", "--join", homes.maddr)
+    found = json.loads(out)
+    assert code == 0 and found["can_serve"], error
+    by_check = {finding["check"]: finding for finding in found["findings"]}
+    assert by_check["NAT"]["says"] == "a router translates: others see this machine as 45.77.40.2"
+    assert by_check["reach"]["level"] == "warning" and "forward TCP port" in by_check["reach"]["remedy"]
+    assert by_check["relay"]["level"] == "ok" and "through a relay, at 45.77." in by_check["relay"]["says"]
+
+
+def test_what_a_relay_costs(homes: Homes) -> None:
+    homes.network.forward(FORWARDED, GRPC)
+    relayed = homes.hidden.says(PEER.pattern)[4]
+    direct = f"{PUBLIC['router-a']}:{FORWARDED}"
+    (certificate,) = homes.folder.glob("home-a/identity-*/tls.pem")
+    ratios = {}
+    for name, mbit in (("unshaped", 0), (f"{LINE_MBIT} Mbit/s", LINE_MBIT)):
+        if mbit:
+            homes.network.shape(mbit)
+        code, out, error = homes.run(
+            "home-b", "tests.reach.throughput", str(certificate), "3" if mbit else "2", direct, relayed
+        )
+        assert code == 0, error
+        speeds = {at: statistics.median(each) for at, each in json.loads(out).items()}
+        ratios[name] = speeds[relayed] / speeds[direct]
+        print(
+            f"\n{name}: direct {speeds[direct] / 1e6:.1f} MB/s, through the relay {speeds[relayed] / 1e6:.1f} MB/s,"
+            f" ratio {ratios[name]:.2f}"
+        )
+        if mbit:
+            homes.network.unshape()
+    assert ratios[f"{LINE_MBIT} Mbit/s"] >= SHAPED_BAR
+    assert ratios["unshaped"] >= UNSHAPED_BAR

@@ -1,0 +1,274 @@
+"""A peer that is reached through a relay, with real gRPC and TLS on loopback: carried, limited, and ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+
+from peer.reach.frames import Frame, Kind
+from peer.reach.relay import Relay, RelaySettings, open_relay
+from peer.reach.switchboard import RelayLimits
+from peer.reach.tether import Tether
+from protocol.channel import connected, open_channel, server_credentials, server_options
+from protocol.errors import PeerFull, PeerLost
+from protocol.identity import Identity, certificate_name
+from protocol.loop import new_event_loop
+from tests.harness import identity
+from tests.reach.support import hello_of
+
+LIMIT = 1 << 20
+TIMEOUT_S = 10.0
+
+
+async def echo(request: bytes, context: object) -> bytes:
+    return request
+
+
+@contextlib.asynccontextmanager
+async def serving(me: Identity) -> AsyncIterator[int]:
+    server = grpc.aio.server(options=server_options(LIMIT))
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Test", {"echo": handler}),))
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(me))
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(0)
+
+
+@dataclass
+class Place:
+    """A relay, and a peer that is tied to it."""
+
+    relay: Relay
+    tether: Tether
+    provider: Identity
+    target: tuple[str, int]
+    task: asyncio.Task[None]
+
+    def channel(self, me: Identity | None = None) -> grpc.aio.Channel:
+        me = me or self.provider
+        return open_channel(f"127.0.0.1:{self.relay.port}", me.certificate_der, max_message_bytes=LIMIT)
+
+    async def ask(self, channel: grpc.aio.Channel, payload: bytes = b"hello") -> bytes:
+        answer: bytes = await channel.unary_unary("/Test/echo")(payload, timeout=TIMEOUT_S)
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def tied(limits: RelayLimits | None = None, mbit_per_s: float = 1e5) -> AsyncIterator[Place]:
+    relay_identity, provider = identity(0), identity(1)
+    settings = RelaySettings("127.0.0.1", 0, mbit_per_s, limits=limits or RelayLimits())
+    async with serving(provider) as port, open_relay(relay_identity.peer_id, settings) as relay:
+        tether = Tether(provider, relay_identity.peer_id, (("127.0.0.1", relay.port),), lambda: place.target)
+        task = asyncio.create_task(tether.run())
+        place = Place(relay, tether, provider, ("127.0.0.1", port), task)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                assert await tether.welcome == "127.0.0.1"
+            yield place
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PeerLost):
+                await task
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def carries_both_ways() -> None:
+    async with tied() as place:
+        channel = place.channel()
+        payload = os.urandom(LIMIT - 1000)
+        for _ in range(8):
+            assert await place.ask(channel, payload) == payload
+        assert place.relay.carried_bytes > 16 * len(payload), "all of it went through the relay"
+        assert place.relay.board.calls == 1
+        await channel.close()
+        await until(lambda: place.relay.board.calls == 0)
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, new_event_loop])
+def test_calls_go_through_a_relay(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(carries_both_ways())
+
+
+async def test_a_peer_that_is_not_registered_is_not_reached() -> None:
+    async with tied() as place:
+        channel = place.channel(identity(2))
+        assert not await connected(channel, 2.0)
+        await channel.close()
+
+
+async def test_the_certificate_is_pinned_from_end_to_end() -> None:
+    """Whoever registers under a name must still have its certificate: a relay that lies is found out."""
+    liar = identity(2)
+    async with serving(liar) as port:
+        own = identity(1)
+        settings = RelaySettings("127.0.0.1", 0, 1e5, own=lambda: ("127.0.0.1", port))
+        async with open_relay(own.peer_id, settings) as relay:
+            channel = open_channel(f"127.0.0.1:{relay.port}", own.certificate_der, max_message_bytes=LIMIT)
+            assert not await connected(channel, 2.0)
+            assert relay.carried_bytes > 0, "it was carried to somebody else"
+            await channel.close()
+
+
+async def test_a_relay_is_reached_as_itself_too() -> None:
+    me = identity(0)
+    async with serving(me) as port:
+        settings = RelaySettings("127.0.0.1", 0, 1e5, own=lambda: ("127.0.0.1", port))
+        async with open_relay(me.peer_id, settings) as relay:
+            channel = open_channel(f"127.0.0.1:{relay.port}", me.certificate_der, max_message_bytes=LIMIT)
+            assert await connected(channel, TIMEOUT_S)
+            assert await channel.unary_unary("/Test/echo")(b"x", timeout=TIMEOUT_S) == b"x"
+            await channel.close()
+
+
+async def test_the_rate_is_kept() -> None:
+    async with tied(mbit_per_s=80.0) as place:  # 10 MB/s, and 2.5 MB at once
+        channel, payload = place.channel(), bytes(LIMIT - 1000)
+        await place.ask(channel)
+        started_s = time.monotonic()
+        for _ in range(4):
+            await place.ask(channel, payload)  # 2 MiB there and back
+        seconds = time.monotonic() - started_s
+        assert 0.4 < seconds < 2.0, "8 MiB, less a burst"
+        await channel.close()
+
+
+async def test_somebody_else_cannot_register_as_this_peer() -> None:
+    async with tied() as place:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        writer.write(Frame(Kind.REGISTER).encode())
+        await reader.readexactly(3 + 32)
+        key = place.provider.public_key_der
+        writer.write(Frame(Kind.PROOF, len(key).to_bytes(2) + key + bytes(256)).encode())
+        assert await reader.read() == b"", "the connection is ended"
+        writer.close()
+        channel = place.channel()
+        assert await place.ask(channel) == b"hello"
+        await channel.close()
+
+
+async def test_a_peer_that_comes_again_is_served_at_its_new_line() -> None:
+    async with tied() as place:
+        again = Tether(place.provider, place.tether.relay_id, (("127.0.0.1", place.relay.port),), lambda: place.target)
+        task = asyncio.create_task(again.run())
+        async with asyncio.timeout(TIMEOUT_S):
+            await again.welcome
+            with pytest.raises(PeerLost):
+                await place.task
+        channel = place.channel()
+        assert await place.ask(channel) == b"hello"
+        assert place.relay.board.providers == 1
+        await channel.close()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_a_full_relay_says_so() -> None:
+    async with tied(RelayLimits(providers=1)) as place:
+        one_more = Tether(identity(2), place.tether.relay_id, (("127.0.0.1", place.relay.port),), lambda: None)
+        with pytest.raises(PeerFull, match="as many peers as it can"):
+            async with asyncio.timeout(TIMEOUT_S):
+                await one_more.run()
+
+
+async def test_a_relay_that_ends_is_lost_at_once() -> None:
+    async with tied() as place:
+        channel = place.channel()
+        assert await place.ask(channel) == b"hello"
+        await place.relay.close()
+        async with asyncio.timeout(2.0):
+            with pytest.raises(PeerLost, match="the relay is lost"):
+                await place.task
+        await channel.close()
+
+
+async def test_nobody_is_at_the_relays_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    tether = Tether(identity(1), identity(0).peer_id, (("127.0.0.1", port),), lambda: None)
+    with pytest.raises(PeerLost):
+        await tether.run()
+    with pytest.raises(PeerLost):
+        await tether.welcome
+
+
+async def test_garbage_and_silence_leave_nothing_behind() -> None:
+    limits = RelayLimits(hello_s=0.3, strangers_per_block=50, dial_s=0.3)
+    async with tied(limits) as place:
+        before = psutil.Process().num_fds()
+        for payload in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(70000), b"\x09" + bytes(40)):
+            for _ in range(60):
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+                    writer.write(payload)
+                    writer.transport.abort()
+        slow = [await asyncio.open_connection("127.0.0.1", place.relay.port) for _ in range(60)]
+        await asyncio.sleep(0.05)
+        channel = place.channel()
+        for reader, _ in slow:
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(3.0):
+                    assert await reader.read() == b""
+        assert await place.ask(channel) == b"hello"
+        await channel.close()
+        for _, writer in slow:
+            writer.close()
+        del slow
+        await until(lambda: psutil.Process().num_fds() <= before)
+
+
+async def test_what_a_client_does_not_read_stays_with_the_peer() -> None:
+    sent = 0
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(bytes(65536))
+                await writer.drain()
+                sent += 65536
+
+    server = await asyncio.start_server(flood, "127.0.0.1", 0)
+    async with tied() as place, server:
+        place.target = server.sockets[0].getsockname()
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        writer.transport.pause_reading()
+        writer.write(hello_of(certificate_name(place.provider.peer_id)))
+        await until(lambda: sent > 1 << 20)
+        before = -1
+        while sent != before:  # the kernel's buffers fill
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 64 << 20
+        writer.transport.abort()
+        await until(lambda: place.relay.board.calls == 0)
+        del reader
+
+
+async def test_idle_connections_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.reach.relay.SWEEP_S", 0.05)
+    async with tied(RelayLimits(idle_s=0.2)) as place:
+        channel = place.channel()
+        await place.ask(channel)
+        await until(lambda: place.relay.board.calls == 0)
+        assert await place.ask(channel) == b"hello", "and made anew"
+        await channel.close()
