@@ -8,7 +8,7 @@ Two promises, kept by what a pass may cost:
   down as if it had one.
 - **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
   time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
-  its speed.
+  its speed. Where clients are few, their fair parts are less.
 """
 
 from __future__ import annotations
@@ -196,7 +196,6 @@ class Scheduler:
         room = self._max_tokens - decoded
         if decoding:
             share = self._prefill_share
-            limit_ms = max(limit_ms, SHARED * costs.of(1) / (1 - share))  # the operator's word goes before
             share_ms = min(costs.of(decoding) * share / (1 - share), limit_ms - costs.of(decoded))
             room = min(room, max(LEAST_PIECE, int(share_ms / costs.token_ms)))
         chosen: list[Piece] = []
