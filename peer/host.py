@@ -22,6 +22,7 @@ from peer.config import PeerConfig
 from peer.engine import Engine
 from peer.links import Resolve, open_links
 from peer.meter import Meter
+from peer.receipts import Receipts
 from peer.scheduler import Scheduler
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import Session, SessionTable
@@ -115,7 +116,13 @@ class SpanHost:
         scheduler = Scheduler(config.max_batch, config.max_step_tokens, config.prefill_share)
         self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
         self.service = PeerService(
-            self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
+            self._describe,
+            self.sessions,
+            self.engine,
+            self._compute,
+            self._max_payload_bytes(),
+            self.tally,
+            Receipts(identity),
         )
         self._server: grpc.aio.Server | None = None
 

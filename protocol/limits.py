@@ -22,3 +22,7 @@ MAX_BATCH = 1024  # rows of one session
 MAX_CACHE_OPS = 32
 MAX_NAME_CHARS = 64
 MAX_ERROR_CHARS = 2000
+
+DIGEST_BYTES = 16  # of what crossed an edge in a step: two that are alike cannot be made
+MAX_LINES = 1024  # steps in one receipt
+MAX_KEY_BYTES = 1024  # of a public key or a signature

@@ -59,6 +59,11 @@ class PeerStub:
                 request_serializer=protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
                 response_deserializer=protocol_dot_potluck__pb2.ProgressReply.FromString,
                 _registered_method=True)
+        self.Recall = channel.unary_stream(
+                '/potluck.Peer/Recall',
+                request_serializer=protocol_dot_potluck__pb2.RecallRequest.SerializeToString,
+                response_deserializer=protocol_dot_potluck__pb2.InferReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -99,6 +104,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recall(self, request, context):
+        """The outputs of a session that are kept here, one by one, for its client to check: a receipt, then results.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Progress,
                     request_deserializer=protocol_dot_potluck__pb2.ProgressRequest.FromString,
                     response_serializer=protocol_dot_potluck__pb2.ProgressReply.SerializeToString,
+            ),
+            'Recall': grpc.unary_stream_rpc_method_handler(
+                    servicer.Recall,
+                    request_deserializer=protocol_dot_potluck__pb2.RecallRequest.FromString,
+                    response_serializer=protocol_dot_potluck__pb2.InferReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class Peer:
             '/potluck.Peer/Progress',
             protocol_dot_potluck__pb2.ProgressRequest.SerializeToString,
             protocol_dot_potluck__pb2.ProgressReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/potluck.Peer/Recall',
+            protocol_dot_potluck__pb2.RecallRequest.SerializeToString,
+            protocol_dot_potluck__pb2.InferReply.FromString,
             options,
             channel_credentials,
             insecure,
