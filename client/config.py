@@ -71,7 +71,7 @@ class ClientConfig:
     )
 
     audit: float = field(
-        default=0.0,
+        default=0.01,
         metadata={
             "help": "Share of steps, at each peer of the chain, that another peer computes again, to find those that"
             " lie; 0: none."

@@ -109,7 +109,7 @@ class Shadow:
         if not found:
             return []
         self.next_step = entries[-1].step_id + 1
-        return list(torch.cat(found, dim=-2).split([entry.tokens for entry in entries], dim=-2))
+        return list(torch.split(torch.cat(found, dim=-2), [entry.tokens for entry in entries], dim=-2))
 
     def _following(self, entry: Entry) -> Entry:
         """The entry as it goes on where this is. Where it comes is in its digest, operations are not: no other is taken

@@ -10,7 +10,7 @@ import asyncio
 from peer.session import Session
 from protocol.identity import Identity
 from protocol.limits import MAX_LINES
-from protocol.receipts import Receipt
+from protocol.receipts import Line, Receipt
 
 RECEIPT_STEPS = 32  # a client hears of so many steps at once, where it does not ask
 
@@ -31,7 +31,7 @@ class Receipts:
 
     async def rest(self, session: Session) -> Receipt | None:
         """A receipt for all steps since the last one; None: there were none."""
-        lines = []
+        lines: list[Line] = []
         while session.lines and len(lines) < MAX_LINES:
             lines.append(session.lines.popleft())
         if not lines:
