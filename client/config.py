@@ -78,7 +78,7 @@ class ClientConfig:
         },
     )
     audit_wait_s: float = field(
-        default=10.0, metadata={"help": "Seconds that a finished answer waits for audits that are under way."}
+        default=5.0, metadata={"help": "Seconds that a finished answer waits for audits that are under way."}
     )
     speculate: Speculate = field(
         default="auto",

@@ -67,6 +67,7 @@ class Hop:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.ledger = Ledger(0)
+        self._recalling: set[Any] = set()  # calls
         self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
         self._inbox = inbox
         self._stream: _Stream | None = None
@@ -160,12 +161,14 @@ class Hop:
         call = self._stub.Recall(
             pb.RecallRequest(session_id=self.session_id, first_step=first_step), timeout=RECALL_TIMEOUT_S
         )
+        self._recalling.add(call)
         try:
             with _translated():
                 return await self._recalled(call)
         except (WireError, IndexError) as nonsense:
             raise self.blamed(PeerFault(f"{self.name} recalls nonsense: {nonsense}")) from nonsense
         finally:
+            self._recalling.discard(call)
             call.cancel()
 
     async def _recalled(self, call: Any) -> list[Entry]:
@@ -249,7 +252,9 @@ class Hop:
     # ------------------------------------------------------------------ its end
 
     def abandon(self) -> None:
-        """Drops the stream at once; the peer keeps the session for a while."""
+        """Drops the stream at once, and what is being recalled; the peer keeps the session for a while."""
+        for call in list(self._recalling):
+            call.cancel()
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()
