@@ -30,7 +30,7 @@ from tensor_codecs import DEFAULT, codec
 DOC: Final = Path(__file__).parents[1] / "docs" / "lying-peers.md"
 RATES: Final = (0.01, 0.05, 1.0)
 CODECS: Final = ("int8", "none", "bf16")
-SESSIONS, TOKENS = 16, 220
+SESSIONS, TOKENS = 12, 200
 SHORT, LONG = 200, 2000  # steps of a session
 DRAWN, DRAWN_LONG = 200_000, 10_000  # sessions
 HOPS, SHARE = 3, 0.1  # hops of a chain; the share of peers that lie
@@ -175,7 +175,7 @@ def run(sessions: int = SESSIONS, tokens: int = TOKENS, scale: float = 1.0) -> s
 def report(sessions: int, tokens: int, scale: float) -> str:
     """The page, as Markdown."""
     rng = np.random.default_rng(7)
-    counts = {name: sessions if name == DEFAULT else max(1, sessions // 4) for name in CODECS}
+    counts = {name: sessions if name == DEFAULT else max(1, sessions // 3) for name in CODECS}
     recordings = {name: record(count, tokens, name) for name, count in counts.items()}
     pairs = [pair for name in CODECS for pair in honest_pairs(recordings[name], name)]
     compared, accused = sum(p.compared for p in pairs), sum(p.compared for p in pairs if p.largest > p.limit)
