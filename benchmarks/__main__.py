@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run NAME... | all | page | swarm`."""
+"""`python -m benchmarks list | run NAME... | all | page | swarm | liars`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import import_module
 
 import click
 
+from benchmarks.liars import liars
 from benchmarks.scenarios import MEASURED, PAGES
 from benchmarks.swarm import command as swarm
 from protocol.command import tame_libraries
@@ -76,6 +77,7 @@ def page() -> None:
 
 
 main.add_command(swarm)
+main.add_command(liars)
 
 
 if __name__ == "__main__":

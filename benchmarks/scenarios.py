@@ -7,6 +7,7 @@ from typing import Final
 PAGES: Final[dict[str, tuple[str, str]]] = {
     "codecs": ("benchmarks.codecs", "bytes, error and time of each codec; writes docs/codecs.md"),
     "accuracy": ("benchmarks.accuracy", "right answers of the demo model with each codec; writes docs/accuracy.md"),
+    "liars": ("benchmarks.liars", "liars of each kind against audits; writes docs/lying-peers.md"),
     "swarm": ("benchmarks.swarm", "coverage, moves and throughput of a simulated swarm; writes docs/swarm.md"),
 }
 """Each module has `run() -> None`, which prints its report and writes it to `docs/`."""

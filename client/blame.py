@@ -14,6 +14,7 @@ Edge = tuple[str, str]
 
 
 LEAST_S = 0.1  # whatever a peer says of when to come back
+LIAR_S = 3600.0  # a peer that was found to lie is avoided, whatever else it does
 
 
 class Blame:
@@ -29,6 +30,7 @@ class Blame:
         self._avoid_s = avoid_s
         self._clock = clock
         self._peers: dict[str, float] = {}  # until when
+        self._liars: dict[str, float] = {}
         self._edges: dict[Edge, float] = {}
 
     def add(self, peer_id: str, retry_after_s: float | None = None) -> None:
@@ -40,6 +42,10 @@ class Blame:
         """The peer does what it is asked again."""
         self._peers.pop(peer_id, None)
 
+    def accuse(self, peer_id: str) -> None:
+        """The peer lied; no good deed makes that forgotten."""
+        self._liars[peer_id] = self._clock() + LIAR_S
+
     def add_edge(self, edge: Edge) -> None:
         """What the first peer pushed did not reach the second, though both answer."""
         self._edges[edge] = self._clock() + self._avoid_s
@@ -48,7 +54,8 @@ class Blame:
         """The peers to avoid now."""
         now_s = self._clock()
         self._peers = {peer: until_s for peer, until_s in self._peers.items() if until_s > now_s}
-        return frozenset(self._peers)
+        self._liars = {peer: until_s for peer, until_s in self._liars.items() if until_s > now_s}
+        return frozenset(self._peers.keys() | self._liars.keys())
 
     def cut_edges(self) -> frozenset[Edge]:
         """The edges over which the client carries steps now."""

@@ -85,6 +85,16 @@ class ClientConfig:
         metadata={"help": "A prompt travels in chunks of so many tokens (rows x tokens) at most, several at once."},
     )
 
+    audit: float = field(
+        default=0.01,
+        metadata={
+            "help": "Share of steps, at each peer of the chain, that another peer computes again, to find those that"
+            " lie; 0: none."
+        },
+    )
+    audit_wait_s: float = field(
+        default=5.0, metadata={"help": "Seconds that a finished answer waits for audits that are under way."}
+    )
     speculate: Speculate = field(
         default="auto",
         metadata={
@@ -110,7 +120,9 @@ class ClientConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("wait_s", "avoid_s"):
+        if not 0 <= self.audit <= 1:
+            raise ConfigError(f"--audit is a share of steps, from 0 to 1, not {self.audit}")
+        for name in ("wait_s", "avoid_s", "audit_wait_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}")
         for name in ("route", "avoid", "trust"):

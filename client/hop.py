@@ -14,17 +14,22 @@ import grpc
 
 from client.chain import Link
 from client.inquest import Report
+from client.ledger import Ledger
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import peer_error
 from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost, PotluckError, SessionLost, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
-from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
+from protocol.journal import Entry
+from protocol.limits import MAX_COUNT, PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, StepResult
+from protocol.receipts import Receipt
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+RECALL_TIMEOUT_S = 60.0  # all that a peer keeps of a session, over a slow line
+RECALL_BYTES = 1 << 30
 MAX_HEARD = 1024  # things that wait to be heard by one session
 MAX_HEARD_BYTES = PAYLOAD_BYTES  # of results among them
 
@@ -75,6 +80,9 @@ class Hop:
     Args:
         secret: of the session; this hop's session id is derived from it, so that no peer knows another one's.
         inbox: of the session.
+
+    Attributes:
+        ledger: what the peer says of the steps that it computed.
     """
 
     def __init__(self, link: Link, channel: grpc.aio.Channel, secret: bytes, inbox: Inbox) -> None:
@@ -87,6 +95,8 @@ class Hop:
         self.relayed = False  # the client carries this hop's outputs to the next one
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.ledger = Ledger(0)
+        self._recalling: set[Any] = set()  # calls
         self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
         self._inbox = inbox
         self._stream: _Stream | None = None
@@ -103,6 +113,8 @@ class Hop:
             PeerLost, PeerFull, PeerDraining, WrongModel, SessionLost, StaleEpoch, WireError.
         """
         living = self._stream
+        if not request.resume:
+            self.ledger = Ledger(request.epoch)
         if request.resume and living is not None and not living.outgoing.qsize():
             try:
                 return await self._open(request, timeout_s, patience_s)
@@ -167,6 +179,48 @@ class Hop:
             return PeerLost(f"{self.name} answers nonsense", peer_id=self.link.peer.peer_id)
         return Progress.from_proto(reply)
 
+    async def recall(self, first_step: int = MAX_COUNT) -> list[Entry]:
+        """The outputs that the peer keeps, of the steps from `first_step` on; and its receipt for what it did not sign
+        yet goes into the ledger.
+
+        Raises:
+            SessionLost: they are no longer kept.
+            PeerLost, PeerFault: it does not answer, or nonsense.
+        """
+        call = self._stub.Recall(
+            pb.RecallRequest(session_id=self.session_id, first_step=first_step), timeout=RECALL_TIMEOUT_S
+        )
+        self._recalling.add(call)
+        try:
+            with _translated():
+                return await self._recalled(call)
+        except (WireError, IndexError) as nonsense:
+            raise self.blamed(PeerFault(f"{self.name} recalls nonsense: {nonsense}")) from nonsense
+        finally:
+            self._recalling.discard(call)
+            call.cancel()
+
+    async def _recalled(self, call: Any) -> list[Entry]:
+        assembler, kept, nbytes = ReplyAssembler(PAYLOAD_BYTES), list[Entry](), 0
+        while (message := await call.read()) is not grpc.aio.EOF:
+            if message is None:  # grpc.aio's word for bytes that are no message
+                raise BadMessage("bytes that are no message")
+            nbytes += message.ByteSize()
+            if nbytes > RECALL_BYTES:
+                raise BadMessage("more than a session can have")
+            what = assembler.feed(message)
+            if isinstance(what, Receipt):
+                self._book(what)
+            elif isinstance(what, StepResult):
+                kept.append(Entry.of(what.step))
+            elif isinstance(what, Failure):
+                raise self.blamed(what.error)
+        return kept
+
+    def _book(self, receipt: Receipt) -> None:
+        receipt.check(self.link.peer.peer_id, self.session_id)
+        self.ledger.sign(receipt.lines)
+
     def silent(self) -> PeerLost:
         """The report of a peer that gives none."""
         return PeerLost(f"{self.name} does not answer", peer_id=self.link.peer.peer_id)
@@ -201,6 +255,12 @@ class Hop:
             return
         if isinstance(what, Failure):
             what = what.error
+        if isinstance(what, Receipt):
+            try:
+                self._book(what)
+                return
+            except PeerFault as forged:
+                what = forged
         if isinstance(what, Notice) and what.state == "draining":
             self.leaving = True
         is_opening = self._opened is not None and not self._opened.done()
@@ -220,7 +280,9 @@ class Hop:
     # ------------------------------------------------------------------ its end
 
     def abandon(self) -> None:
-        """Drops the stream at once; the peer keeps the session for a while."""
+        """Drops the stream at once, and what is being recalled; the peer keeps the session for a while."""
+        for call in list(self._recalling):
+            call.cancel()
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixi
 
 from client.chain import Link
 from client.config import ClientConfig
+from client.corrections import MOST, Seed, Tracked
 from client.lm_head import SharedHead
 from client.open_chain import SessionStats
 from client.remote import Plan, RemoteBlocks
@@ -23,7 +24,7 @@ from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
 from client.swarm import Swarm
 from client.trace import Trace
 from client.window import Window
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, Doubted
 from slicing import (
     Head,
     ModelSource,
@@ -115,6 +116,7 @@ class _Here(threading.local):
     """What belongs to one of the threads that use a model."""
 
     session: GenerationSession | None = None
+    cache: RemoteCache | None = None  # of the answer under way
 
 
 class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__
@@ -159,17 +161,68 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
             self.blocks.release(session.cache)
 
     def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, *, session: GenerationSession | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        session: GenerationSession | None = None,
+        corrects: bool = True,
+        **kwargs: Any,
     ) -> Any:
         """Hugging Face's `generate`; within `session()` it continues the session.
 
+        Where a peer is found to lie, the answer is made again by others, from the same random numbers. `on_event` is
+        told which token is the first one in doubt, and a streamer as `client.corrections.Tracked` says.
+
         Args:
             session: to be continued, where another thread has opened it.
+            corrects: make the answer again; false: raise `Doubted`.
+
+        Raises:
+            Doubted: the answer is wrong, and cannot be made again: the caller's own cache is in doubt, or it was made
+                anew often enough.
         """
-        generate = cast(Any, super()).generate
-        session = session or self._here.session
-        given = inputs if inputs is not None else kwargs.get("input_ids")
         name = "cache_params" if "cache_params" in forward_parameters(self) else "past_key_values"  # mamba's
+        given = inputs if inputs is not None else kwargs.get("input_ids")
+        session = session or self._here.session
+        if name in kwargs or not corrects:
+            return self._answer(inputs, given, name, session, kwargs)
+        seed, tracked = Seed(self.device), None
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = tracked = Tracked(kwargs["streamer"])
+        for left in reversed(range(MOST)):
+            try:
+                return self._answer(inputs, given, name, session, kwargs)
+            except Doubted as doubt:
+                if not left:
+                    raise
+                first = max(0, doubt.position + 1 - (0 if given is None else given.shape[1]))
+                self.blocks.on_event(f"the answer is wrong from its token {first} on, and is made again")
+                if tracked is not None:
+                    tracked.begin_anew(first)
+            seed.restore()
+        raise AssertionError("the last try returns or raises")
+
+    def _answer(
+        self, inputs: Tensor | None, given: Tensor | None, name: str, session: GenerationSession | None, kwargs: Any
+    ) -> Any:
+        """One answer, of which nothing is known that speaks against it."""
+        try:
+            output = self._continued(inputs, given, name, session, kwargs)
+            if self._here.cache is not None:
+                self.blocks.settle(self._here.cache)
+            return output
+        except Doubted:
+            if session is not None:
+                self.blocks.release(session.cache)
+                session.note(None)
+            raise
+        finally:
+            self._here.cache = None
+
+    def _continued(
+        self, inputs: Tensor | None, given: Tensor | None, name: str, session: GenerationSession | None, kwargs: Any
+    ) -> Any:
+        generate = cast(Any, super()).generate
         if session is None or given is None or name in kwargs:
             return generate(inputs, **kwargs)
         output = generate(inputs, **{name: session.align(given)}, **kwargs)
@@ -188,8 +241,9 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     ) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         for cache in model_kwargs.values():
-            if isinstance(cache, RemoteCache) and cache.handle is None:
-                cache.handle = Plan(int(generation_config.max_length or 0))
+            if isinstance(cache, RemoteCache):
+                self._here.cache = cache
+                cache.handle = cache.handle or Plan(int(generation_config.max_length or 0))
 
     # ------------------------------------------------------------------ decoding; transformers' names, semi-private
 

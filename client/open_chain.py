@@ -31,7 +31,16 @@ from client.times import Stopwatch, Times
 from client.trace import Recorder
 from client.trial import Trial
 from dht.record import PeerRecord
-from protocol.errors import BlocksMissing, PeerError, PeerFull, PeerLost, PotluckError, SessionLost, WireError
+from protocol.errors import (
+    BlocksMissing,
+    PeerError,
+    PeerFault,
+    PeerFull,
+    PeerLost,
+    PotluckError,
+    SessionLost,
+    WireError,
+)
 from protocol.journal import Entry, StepLog
 from protocol.limits import EDGE_BYTES, SESSION_ID_BYTES
 from protocol.messages import Open, Opened, Progress, Route, Step
@@ -235,6 +244,17 @@ class OpenChain:
         self._blame.add_edge((before.link.peer.peer_id, after.link.peer.peer_id))
         self._show()
         self._on_event(f"steps from {before.name} to {after.name} go through this client ({why or 'as it asks'})")
+
+    def distrust(self, starts: Collection[int]) -> list[Loss]:
+        """Of the hops that begin at these blocks, one lies about what it sent or received. Whatever was told to those
+        after them is in doubt: they begin anew."""
+        suspects = [hop for hop in self.hops if any(start in hop.link.span for start in starts)] or self.hops[-1:]
+        for hop in self.hops[self.hops.index(suspects[-1]) + 1 :]:
+            hop.begun = False
+        for before, after in itertools.pairwise(suspects):
+            self._blame.add_edge((before.link.peer.peer_id, after.link.peer.peer_id))
+        names = " and ".join(hop.name for hop in suspects)
+        return [Loss(hop, PeerFault(f"what was sent and what came differ: {names} do not agree")) for hop in suspects]
 
     # ------------------------------------------------------------------ losses
 

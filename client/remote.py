@@ -28,12 +28,13 @@ from client.swarm import ModelPeers, Swarm
 from client.times import Times
 from client.trace import Recorder
 from dht.record import PeerRecord
-from protocol.errors import BlocksMissing, PeerFault
+from protocol.errors import BlocksMissing, Doubted, Implausible, PeerFault
 from protocol.journal import Entry, Part
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
 from protocol.span import Span
 from slicing import CacheOp, RemoteCache
+from slicing.plausible import check_plausible
 from tensor_codecs import codec, dtype_name, dtype_of, names
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class RemoteBlocks:
 
         Raises:
             BlocksMissing: some blocks have no peer.
+            Doubted: what came out of this step, or of earlier ones, is wrong; the cache is of no more use.
             PotluckError: see the error tree.
         """
         tensors = {HIDDEN: hidden, ATTENTION_MASK: attention_mask, POSITION_IDS: position_ids, **extras}
@@ -113,8 +115,20 @@ class RemoteBlocks:
         finally:
             self._last(session)
         cache.pending.clear()
-        outputs = [_decoded(result, hidden) for result in results]
+        outputs = [self._plausible(session, _decoded(result, hidden)) for result in results]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+
+    def _plausible(self, session: Session, output: Tensor) -> Tensor:
+        """What came out of a session.
+
+        Raises:
+            Doubted: no model makes that.
+        """
+        try:
+            check_plausible(output)
+        except Implausible as why:
+            raise self._swarm.call(_distrusted(session, why)) from why
+        return output
 
     async def _pass(self, session: Session, entries: Sequence[Entry], thread: int) -> list[StepResult]:
         results = await session.run(entries)
@@ -136,10 +150,11 @@ class RemoteBlocks:
             steps.append(partial(session.step, _entry(_rows(whole, portion), 0, (), codec_name)))
         try:
             results = self._swarm.call(_all_of(steps))
+            outputs = [self._plausible(s, _decoded(r, hidden)) for s, r in zip(sessions, results, strict=True)]
         finally:
             self._last(max(sessions, key=lambda session: session.spec.batch))
             self._swarm.call(_all_of([session.close for session in sessions]))
-        return torch.cat([_decoded(result, hidden) for result in results], dim=-3)
+        return torch.cat(outputs, dim=-3)
 
     def _portions(self, peers: ModelPeers, whole: dict[str, Tensor], codec_name: str) -> tuple[Portion, ...]:
         """Which rows take which chain; all of them an open one, where they cannot be split or no chain is there yet."""
@@ -171,6 +186,16 @@ class RemoteBlocks:
         session, cache.handle = self.session_of(cache), None
         if session is not None:
             self._swarm.call(session.close())
+
+    def settle(self, cache: RemoteCache) -> None:
+        """Waits, for a while, for audits of the cache's session that are under way.
+
+        Raises:
+            Doubted: what came out of its steps is wrong.
+        """
+        session = self.session_of(cache)
+        if session is not None and not session.auditor.is_settled:
+            self._swarm.call(session.settle())
 
     def interrupt(self, cache: RemoteCache) -> None:
         """Ends the cache's session, from another thread: its step under way and any later one raise CancelledError."""
@@ -243,6 +268,11 @@ class RemoteBlocks:
         else:
             hops = self._swarm.call(session.open())
         return chunk_tokens(tokens, rows, hops, self._config.prefill_tokens)
+
+
+async def _distrusted(session: Session, why: Implausible) -> Doubted:
+    """In the swarm's loop: the last hop of a session gave what cannot be. Returns what to raise."""
+    return session.auditor.distrust_last(why)
 
 
 async def _survey(peers: ModelPeers, swarm: Swarm) -> tuple[Sequence[PeerRecord], Times, frozenset[str]]:

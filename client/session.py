@@ -18,19 +18,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from client import inquest
+from client.audit import Auditor
 from client.blame import Blame
 from client.chain import Link
 from client.chunks import HopCost
 from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Hop
+from client.ledger import broken_edge
 from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
 from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
 from protocol.journal import Entry, StepLog
 from protocol.limits import IN_FLIGHT
-from protocol.messages import HIDDEN, Notice, StepResult
+from protocol.messages import HIDDEN, Notice, Step, StepResult
+from protocol.receipts import digest
 from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Session:
 
     Attributes:
         record: what became of its steps, hop by hop; see `client.trace.trace_of`.
+        auditor: has some of its steps computed again by others.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class Session:
         self._config = config
         self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
+        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell)
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
         self._passing: asyncio.Task[object] | None = None  # the task of the pass under way
         self._interrupted = False
+        self._carried: dict[tuple[int, int], bytes] = {}  # digests of what this client relayed: step, block before it
 
     @property
     def position(self) -> int:
@@ -97,6 +103,7 @@ class Session:
 
         Raises:
             BlocksMissing: some blocks had no peer for `wait_s`.
+            Doubted: what came out of earlier steps was wrong.
             PotluckError: an error that no other peer could cure.
         """
         started_s = time.perf_counter()
@@ -110,8 +117,9 @@ class Session:
                 self._chain.forsake()
                 raise
             finally:
+                self._carried.clear()
                 self.stats.busy_s += time.perf_counter() - started_s
-            self._commit(flight.steps)
+            self._commit(flight.steps, results)
             return results
 
     async def open(self) -> tuple[HopCost, ...]:
@@ -138,6 +146,7 @@ class Session:
         async with self._stepping:
             if self._interrupted:
                 raise asyncio.CancelledError
+            self.auditor.check()
             self._passing = asyncio.current_task()
             try:
                 yield
@@ -203,12 +212,15 @@ class Session:
             if what.step.epoch != chain.epoch:
                 continue
             if hop is not chain.hops[-1]:
+                self._carried[what.step.step_id, hop.link.span.stop] = digest(what.step.position, what.step.parts())
                 await chain.relay(hop, what.step, what.undelivered)
             elif what.step.step_id == entry.step_id:
                 self._check(what, entry, hop)
                 return what
 
-    def _commit(self, steps: Sequence[Entry]) -> None:
+    def _commit(self, steps: Sequence[Entry], results: Sequence[StepResult]) -> None:
+        for step, result in zip(steps, results, strict=True):
+            self.auditor.note(step, result)
         if not self.spec.stateless and steps:
             self._position = steps[-1].position + steps[-1].tokens
         self._step_id += len(steps)
@@ -262,7 +274,8 @@ class Session:
         return ASK_AGAIN_S
 
     def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
-        """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked."""
+        """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked,
+        and each hop says that it received what the one before it says that it sent."""
         given = [part.spec.shape for part in entry.parts if part.spec.name == HIDDEN]
         try:
             (spec,) = result.step.tensors
@@ -273,6 +286,17 @@ class Session:
         if not is_good:
             found = [(spec.name, spec.shape, spec.codec) for spec in result.step.tensors]
             raise ChainBroken(Loss(hop, PeerFault(f"{hop.name} gave {found or 'nothing'} for {given}")))
+        trace = result.step.trace
+        edge = broken_edge(entry.digest(), trace, digest(result.step.position, result.step.parts()))
+        if edge is not None:
+            raise ChainBroken(*self._chain.distrust(self._suspects(result.step, edge)))
+
+    def _suspects(self, step: Step, edge: int) -> list[int]:
+        """Where those hops begin one of which lies about what went over the edge after `edge` hops."""
+        before, after = step.trace[:edge][-1:], step.trace[edge:][:1]
+        if before and after and (carried := self._carried.get((step.step_id, after[0].start))) is not None:
+            return [after[0].start if carried == before[0].sent else before[0].start]  # this client has seen it itself
+        return [said.start for said in (*before, *after)] or [self._chain.hops[-1].link.span.start]
 
     def interrupt(self) -> None:
         """Cancels the pass under way, and any later one: nobody waits for their results any more."""
@@ -283,7 +307,17 @@ class Session:
     async def close(self) -> None:
         """Frees the session on all its peers."""
         async with self._stepping:
+            await self.auditor.close()
             await self._chain.close()
+
+    async def settle(self) -> None:
+        """Waits for audits that are under way, for a while.
+
+        Raises:
+            Doubted: what came out of earlier steps was wrong.
+        """
+        await self.auditor.settle(self._config.audit_wait_s)
+        self.auditor.check()
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from peer.engine import Engine
 from peer.gate import Entry, Gate
 from peer.links import Resolve, open_links
 from peer.meter import Meter
+from peer.receipts import Receipts
 from peer.scheduler import Scheduler
 from peer.service import PeerService, UnreadableAsEmpty
 from peer.session import Session, SessionTable
@@ -121,7 +122,14 @@ class SpanHost:
         bytes_per_s = math.inf if config.clients_mib_s is None else config.clients_mib_s * (1 << 20)
         gate = Gate(identity.peer_id, Accounts(config.allowance, bytes_per_s), entry)
         self.service = PeerService(
-            gate, self._describe, self.sessions, self.engine, self._compute, self._max_payload_bytes(), self.tally
+            gate,
+            self._describe,
+            self.sessions,
+            self.engine,
+            self._compute,
+            self._max_payload_bytes(),
+            self.tally,
+            Receipts(identity),
         )
         self._server: grpc.aio.Server | None = None
 

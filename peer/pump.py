@@ -15,6 +15,7 @@ from typing import Any
 from peer.compute import ComputeThread
 from peer.engine import Engine
 from peer.links import Links
+from peer.receipts import Receipts
 from peer.session import ClientLeft, Delivery, Rerouted, Session, SessionTable
 from peer.tally import Tally
 from protocol import potluck_pb2 as pb
@@ -66,6 +67,7 @@ class Pump:
         links: Links,
         client: ReplyStream,
         tally: Tally,
+        receipts: Receipts,
     ) -> None:
         self._session = session
         self._sessions = sessions
@@ -74,6 +76,7 @@ class Pump:
         self._links = links
         self._client = client
         self._tally = tally
+        self._receipts = receipts
 
     async def run(self) -> None:
         """Until it is cancelled, or a step broke the protocol: the client has been told, the stream must end."""
@@ -87,6 +90,8 @@ class Pump:
                     finally:
                         delivery.release(self._sessions.messages)
                 await self._hand_on()
+                if (receipt := await self._receipts.due(session)) is not None:
+                    await self._client.send(receipt.to_proto())
             except StaleEpoch as error:  # overtaken by a new epoch while it waited: nobody asks for it any more
                 logger.debug("a step was dropped: %s", error)
             except PotluckError as error:

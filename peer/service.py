@@ -25,6 +25,7 @@ from peer.gate import Gate
 from peer.links import Links
 from peer.pump import SEND_TIMEOUT_S, Pump, ReplyStream
 from peer.reach.dialback import DialBacks
+from peer.receipts import Receipts
 from peer.session import ClientLeft, Delivery, Session, SessionTable
 from peer.tally import Tally
 from protocol import potluck_pb2 as pb
@@ -39,9 +40,21 @@ from protocol.errors import (
     StaleEpoch,
     WireError,
 )
-from protocol.frames import RequestAssembler, held_bytes
+from protocol.frames import RequestAssembler, held_bytes, result_frames
 from protocol.limits import PAYLOAD_BYTES, SESSION_ID_BYTES
-from protocol.messages import HIDDEN, Close, Failure, Notice, Open, Opened, Progress, Route, Step, check_version
+from protocol.messages import (
+    HIDDEN,
+    Close,
+    Failure,
+    Notice,
+    Open,
+    Opened,
+    Progress,
+    Route,
+    Step,
+    StepResult,
+    check_version,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +95,7 @@ class PeerService(pb_grpc.PeerServicer):
         describe: makes the current Description.
         max_payload_bytes: a larger step is refused by its header.
         tally: counts what comes, goes and is refused.
+        receipts: signs what was computed.
 
     Attributes:
         links: to the peers after this one; set before the port opens.
@@ -99,7 +113,9 @@ class PeerService(pb_grpc.PeerServicer):
         compute: ComputeThread,
         max_payload_bytes: int,
         tally: Tally,
+        receipts: Receipts,
     ) -> None:
+        self.receipts = receipts
         self.links: Links | None = None
         self.dial_backs = DialBacks()
         self.begun = self.pushed = self.relayed = 0
@@ -146,6 +162,23 @@ class PeerService(pb_grpc.PeerServicer):
             queue=self._engine.queued,
             expected_ms=self._engine.expected_ms,
         ).to_proto()
+
+    async def Recall(self, request: pb.RecallRequest, context: Any) -> None:  # noqa: N802
+        session = self._sessions.find(request.session_id) if len(request.session_id) == SESSION_ID_BYTES else None
+        if session is None or session.broken:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "this peer does not hold that session")
+        assert session is not None
+        client = ReplyStream(context, self._tally)
+        try:
+            kept = await self._compute.run(session.outputs.recall, request.first_step)  # they belong to that thread
+            if (receipt := await self.receipts.rest(session)) is not None:
+                await client.send(receipt.to_proto())
+            for entry in kept:
+                await client.send(*result_frames(StepResult(entry.step(session.epoch))))
+        except SessionLost as error:
+            await client.fail(error)
+        except ClientLeft:
+            logger.debug("a client left while it was told what is kept")
 
     async def DialBack(self, request: pb.DialBackRequest, context: Any) -> pb.DialBackReply:  # noqa: N802
         try:
@@ -314,7 +347,9 @@ class PeerService(pb_grpc.PeerServicer):
 
     def pump(self, session: Session, client: ReplyStream) -> Pump:
         assert self.links is not None
-        return Pump(session, self._sessions, self._engine, self._compute, self.links, client, self._tally)
+        return Pump(
+            session, self._sessions, self._engine, self._compute, self.links, client, self._tally, self.receipts
+        )
 
     @property
     def sessions(self) -> SessionTable:
@@ -369,7 +404,7 @@ class _Visit:
                 await self._service.make_way(self._session, message)
                 request = arriving.feed(message)
                 if isinstance(request, Close):
-                    self._close()
+                    await self._close()
                     return
                 if isinstance(request, Open):
                     await self._open(request)
@@ -457,11 +492,13 @@ class _Visit:
             raise BadMessage("a step or a route before the session was opened")
         return self._session
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             self._service.sessions.close(session)
             self._let_go(session)
+            if (receipt := await self._service.receipts.rest(session)) is not None:
+                await self.client.send(receipt.to_proto())
 
     def _let_go(self, session: Session) -> None:
         if session.owner is self:

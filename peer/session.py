@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,7 +19,9 @@ from peer.accounts import Account
 from peer.budget import RETRY_AFTER_S, JournalBudget, KvBudget, MessageBudget
 from protocol.errors import BadMessage, NotAdmitted, PeerDraining, PeerFull, SessionLost, StaleEpoch, WrongModel
 from protocol.journal import Entry, StepLog
+from protocol.limits import MAX_LINES
 from protocol.messages import CacheOp, HopTrace, Open, Route, Step
+from protocol.receipts import Line
 from protocol.span import Span
 from slicing import PagedCache, RaggedSpan, SpanCache, SpanModel
 from slicing.paged import PAGE_TOKENS, pages
@@ -81,6 +84,7 @@ class Session:
         deliveries: steps to compute, in order; None asks to hand on what is kept (the route changed).
         turn: grows whenever what is to be handed on, or where to, changes.
         running: the step that waits for the compute thread, or is there.
+        lines: what this peer stands by and has not signed yet; steps come from the compute thread.
         decoded_s: when its last decode step was through.
         away_s: how long it took, by and by, until the next one came.
         handing_on: the push that is under way.
@@ -108,6 +112,7 @@ class Session:
     arriving_bytes: int = 0  # of steps, so far, those that are not whole included
     deliveries: asyncio.Queue[Delivery | None] = field(default_factory=asyncio.Queue)
     running: asyncio.Future[HopTrace | None] | None = None
+    lines: deque[Line] = field(default_factory=lambda: deque(maxlen=MAX_LINES))
     handing_on: asyncio.Future[None] | None = None
     attached: int = 0  # streams that use it now
     owner: Owner | None = None  # the latest of them

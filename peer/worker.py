@@ -22,7 +22,9 @@ from protocol.journal import Entry, Part
 from protocol.limits import MAX_BATCH
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, HopTrace, Step, TensorSpec, token_axis
 from protocol.messages import CacheOp as WireOp
+from protocol.receipts import Line, digest
 from slicing import CacheOp, PagedCache, RaggedSpan, SpanCache, SpanModel, Stretch
+from slicing.plausible import check_plausible
 from tensor_codecs import codec, dtype_name, dtype_of
 
 logger = logging.getLogger(__name__)
@@ -163,6 +165,7 @@ class Worker:
         for name in inputs.keys() - {ATTENTION_MASK, POSITION_IDS}:
             if inputs[name].dtype not in self._model.hidden_dtypes:  # a client that computes in another format
                 inputs[name] = inputs[name].to(self._model.dtype)
+        check_plausible(inputs[HIDDEN])
         return inputs
 
     def _run_packed(self, pieces: Sequence[tuple[Work, int]]) -> None:
@@ -230,7 +233,11 @@ class Worker:
             queue_ms=max(0.0, work.began_s - work.arrived_s) * 1e3,
             compute_ms=(time.perf_counter() - work.began_s) * 1e3,
             kv_tokens_left=self._sessions.tokens_left,
+            epoch=step.epoch,
+            received=digest(step.position, step.parts()),
+            sent=output.digest(),
         )
+        session.lines.append(Line(step.step_id, step.epoch, cost.received, cost.sent))
         session.next_step = step.step_id + 1
         self._sessions.remember(session, replace(output, trace=(*step.trace, cost)))
         work.cost = cost

@@ -15,6 +15,7 @@
     ├── WireError                bytes or messages that break the protocol
     │   ├── BadMessage           a field, size, shape or order is wrong
     │   ├── BadPayload           a tensor payload does not decode
+    │   ├── Implausible          values that no model makes: NaN, Inf, absurdly large
     │   ├── VersionMismatch      the two sides speak different wire versions
     │   └── BadRecord            a swarm record that is forged, expired or malformed
     ├── PeerError                a peer did not do what was asked
@@ -27,6 +28,7 @@
     │   ├── WrongModel           it serves another model, or other weights
     │   ├── Unseen               it does not see where the caller is (retryable: elsewhere)
     │   └── PeerFault            it failed internally (retryable: elsewhere)
+    ├── Doubted                  what peers computed earlier in this session was wrong (retryable: begin it anew)
     ├── Busy                     as many requests over HTTP wait as may (retryable: later; client/api/errors.py)
     └── BlocksMissing            no chain covers the model: some blocks have no peer (retryable: later)
 
@@ -150,6 +152,12 @@ class BadPayload(WireError):
     code = "bad-payload"
 
 
+class Implausible(WireError):
+    """Activations that no model makes: not a number, infinite, or absurdly large."""
+
+    code = "implausible"
+
+
 class VersionMismatch(WireError):
     """The two sides speak different wire versions."""
 
@@ -239,6 +247,21 @@ class BlocksMissing(PotluckError):
         self.missing = tuple(missing)
 
 
+class Doubted(PotluckError):
+    """Something that peers computed earlier in this session was wrong: it has to begin anew.
+
+    Args:
+        position: the outputs of tokens from here on are not to be trusted.
+    """
+
+    code = "doubted"
+    default_retryable = True
+
+    def __init__(self, message: str, *, position: int = 0, peer_id: str | None = None) -> None:
+        super().__init__(message, peer_id=peer_id)
+        self.position = position
+
+
 def _tree(root: type[PotluckError]) -> Iterable[type[PotluckError]]:
     yield root
     for child in root.__subclasses__():
@@ -256,4 +279,6 @@ def from_wire(
         error.nearest = ()
     if isinstance(error, BlocksMissing):
         error.missing = ()
+    if isinstance(error, Doubted):
+        error.position = 0
     return error

@@ -12,9 +12,10 @@ from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage
 from protocol.limits import CHUNK_BYTES, HEADER_BYTES, HEADER_WEIGHT
 from protocol.messages import Close, Failure, Notice, Open, Opened, Route, Step, StepResult, check_tensors
+from protocol.receipts import Receipt
 
 Request = Open | Route | Step | Close
-Reply = Opened | StepResult | Failure | Notice
+Reply = Opened | StepResult | Failure | Notice | Receipt
 
 
 def step_frames(step: Step) -> Iterator[pb.InferRequest]:
@@ -146,6 +147,8 @@ class ReplyAssembler:
             return Failure.from_proto(message.failure)
         if kind == "notice":
             return Notice.from_proto(message.notice)
+        if kind == "receipt":
+            return Receipt.from_proto(message.receipt)
         if self._gather is not None:
             if kind != "more":
                 raise BadMessage(f"a {kind} inside the payload of a result")

@@ -6,12 +6,14 @@ Whoever stands before a boundary keeps its `StepLog`: the client that of block 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from protocol.errors import SessionLost
 from protocol.limits import IN_FLIGHT, MAX_TENSORS
 from protocol.messages import ATTENTION_MASK, HIDDEN, CacheOp, HopTrace, Step, TensorSpec, token_axis
+from protocol.receipts import digest
 
 REPLAY_TOKENS = 512  # rows x tokens of one step that is sent again: several joined
 ROW_OPS = frozenset({"reorder", "select", "repeat"})
@@ -55,6 +57,10 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return sum(len(part.payload) for part in self.parts)
+
+    def digest(self) -> bytes:
+        """See `protocol.receipts.digest`."""
+        return digest(self.position, ((part.spec, part.payload) for part in self.parts))
 
     def cropped(self, tokens: int) -> Entry:
         """The entry with its first `tokens` tokens only."""
@@ -204,6 +210,16 @@ class StepLog:
         self.kept_from = self._settled
         self.journal.clear()
 
+    def recall(self, first_step: int) -> list[Entry]:
+        """The steps from `first_step` on, one by one; what was cropped since is not among them.
+
+        Raises:
+            SessionLost: they are no longer kept.
+        """
+        if first_step < self.kept_from:
+            raise SessionLost(f"the steps before {self.kept_from} are no longer kept")
+        return [entry for entry in (*self.journal.entries, *self.recent) if entry.step_id >= first_step]
+
     def since(self, next_step: int, max_tokens: int = REPLAY_TOKENS) -> list[Entry]:
         """The steps that a consumer lacks which expects `next_step`: 0, or a recent one, or the one to come.
 
@@ -216,6 +232,11 @@ class StepLog:
             raise SessionLost(f"the steps before {self._settled} are no longer kept one by one")
         told = [] if next_step else list(self.journal.batches(max_tokens))
         return told + [entry for entry in self.recent if entry.step_id >= next_step]
+
+
+def joined(entries: Iterable[Entry]) -> Entry:
+    """Entries of neighbouring steps, in order, as the one step that they were sent as."""
+    return reduce(_join, entries)
 
 
 def _joinable(first: Entry, second: Entry, max_tokens: int) -> bool:

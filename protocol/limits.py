@@ -35,3 +35,7 @@ CONNECTION_IDLE_S = 600.0  # without a call; whoever comes back later connects a
 STREAMS_PER_CONNECTION = 256  # calls at once over one connection
 METADATA_BYTES = 8 << 10  # headers of one call
 MAX_CONNECTIONS = 4096  # at once, of all addresses together; fewer where the system allows fewer descriptors
+
+DIGEST_BYTES = 16  # of what crossed an edge in a step: two that are alike cannot be made
+MAX_LINES = 1024  # steps in one receipt
+MAX_KEY_BYTES = 1024  # of a public key or a signature

@@ -15,6 +15,7 @@ from protocol import potluck_pb2 as pb
 from protocol.errors import BadMessage, PotluckError, VersionMismatch, from_wire
 from protocol.limits import (
     CLIENT_KEY_BYTES,
+    DIGEST_BYTES,
     EDGE_BYTES,
     MAX_BATCH,
     MAX_CACHE_OPS,
@@ -249,6 +250,9 @@ class HopTrace:
     queue_ms: float
     compute_ms: float
     kv_tokens_left: int
+    epoch: int = 0  # in which it was computed
+    received: bytes = b""  # digests: see `protocol.receipts`
+    sent: bytes = b""
 
     def to_proto(self) -> pb.HopTrace:
         return pb.HopTrace(
@@ -256,6 +260,9 @@ class HopTrace:
             queue_ms=self.queue_ms,
             compute_ms=self.compute_ms,
             kv_tokens_left=self.kv_tokens_left,
+            epoch=self.epoch,
+            received=self.received,
+            sent=self.sent,
         )
 
     @classmethod
@@ -263,7 +270,10 @@ class HopTrace:
         times = (message.queue_ms, message.compute_ms)
         if not all(0 <= time <= MAX_STEP_MS for time in times):
             raise BadMessage("a step's times are no times")
-        return cls(message.start, *times, message.kv_tokens_left)
+        if not {len(message.received), len(message.sent)} <= {0, DIGEST_BYTES}:
+            raise BadMessage("a step's digests are none")
+        _check_counts(message.epoch)
+        return cls(message.start, *times, message.kv_tokens_left, message.epoch, message.received, message.sent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,20 +89,22 @@ class InferRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., route: _Optional[_Union[Route, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class InferReply(_message.Message):
-    __slots__ = ("opened", "result", "failure", "more", "notice", "chunk")
+    __slots__ = ("opened", "result", "failure", "more", "notice", "receipt", "chunk")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     result: StepResult
     failure: Failure
     more: More
     notice: Notice
+    receipt: Receipt
     chunk: bytes
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., more: _Optional[_Union[More, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class More(_message.Message):
     __slots__ = ()
@@ -213,16 +215,52 @@ class Step(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., position: _Optional[int] = ..., ops: _Optional[_Iterable[_Union[CacheOp, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., trace: _Optional[_Iterable[_Union[HopTrace, _Mapping]]] = ...) -> None: ...
 
 class HopTrace(_message.Message):
-    __slots__ = ("start", "queue_ms", "compute_ms", "kv_tokens_left")
+    __slots__ = ("start", "queue_ms", "compute_ms", "kv_tokens_left", "epoch", "received", "sent")
     START_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_MS_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
     start: int
     queue_ms: float
     compute_ms: float
     kv_tokens_left: int
-    def __init__(self, start: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., kv_tokens_left: _Optional[int] = ...) -> None: ...
+    epoch: int
+    received: bytes
+    sent: bytes
+    def __init__(self, start: _Optional[int] = ..., queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., kv_tokens_left: _Optional[int] = ..., epoch: _Optional[int] = ..., received: _Optional[bytes] = ..., sent: _Optional[bytes] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("lines", "public_key", "signature")
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    lines: _containers.RepeatedCompositeFieldContainer[ReceiptLine]
+    public_key: bytes
+    signature: bytes
+    def __init__(self, lines: _Optional[_Iterable[_Union[ReceiptLine, _Mapping]]] = ..., public_key: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class ReceiptLine(_message.Message):
+    __slots__ = ("step_id", "epoch", "received", "sent")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    epoch: int
+    received: bytes
+    sent: bytes
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., received: _Optional[bytes] = ..., sent: _Optional[bytes] = ...) -> None: ...
+
+class RecallRequest(_message.Message):
+    __slots__ = ("session_id", "first_step")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    first_step: int
+    def __init__(self, session_id: _Optional[bytes] = ..., first_step: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step", "undelivered")

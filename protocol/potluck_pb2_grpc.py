@@ -64,6 +64,11 @@ class PeerStub:
                 request_serializer=protocol_dot_potluck__pb2.DialBackRequest.SerializeToString,
                 response_deserializer=protocol_dot_potluck__pb2.DialBackReply.FromString,
                 _registered_method=True)
+        self.Recall = channel.unary_stream(
+                '/potluck.Peer/Recall',
+                request_serializer=protocol_dot_potluck__pb2.RecallRequest.SerializeToString,
+                response_deserializer=protocol_dot_potluck__pb2.InferReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -111,6 +116,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recall(self, request, context):
+        """The outputs of a session that are kept here, one by one, for its client to check: a receipt, then results.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -143,6 +155,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.DialBack,
                     request_deserializer=protocol_dot_potluck__pb2.DialBackRequest.FromString,
                     response_serializer=protocol_dot_potluck__pb2.DialBackReply.SerializeToString,
+            ),
+            'Recall': grpc.unary_stream_rpc_method_handler(
+                    servicer.Recall,
+                    request_deserializer=protocol_dot_potluck__pb2.RecallRequest.FromString,
+                    response_serializer=protocol_dot_potluck__pb2.InferReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -307,6 +324,33 @@ class Peer:
             '/potluck.Peer/DialBack',
             protocol_dot_potluck__pb2.DialBackRequest.SerializeToString,
             protocol_dot_potluck__pb2.DialBackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/potluck.Peer/Recall',
+            protocol_dot_potluck__pb2.RecallRequest.SerializeToString,
+            protocol_dot_potluck__pb2.InferReply.FromString,
             options,
             channel_credentials,
             insecure,

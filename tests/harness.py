@@ -23,7 +23,7 @@ from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
 from protocol.messages import Open
 from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
-from tensor_codecs import names
+from tensor_codecs import dtype_name, names
 
 STOP_GRACE_S = 0.05
 """At a test's end nothing is under way that anybody waits for, and streams between hosts would cost a second each."""
@@ -88,6 +88,7 @@ def record_of(host: SpanHost) -> PeerRecord:
         addresses=(f"127.0.0.1:{host.port}",),
         certificate_der=host.identity.certificate_der,
         codecs=names(),
+        dtype=dtype_name(host.model.dtype),
         wire_version=WIRE_VERSION,
         kv_tokens_left=host.sessions.tokens_left,
         kv_tokens_total=host.budget.tokens_total,

@@ -32,7 +32,7 @@ from client.model import GenerationSession, SwarmModel
 from client.report import emit
 from client.session import Session
 from client.trace import Trace, trace_of
-from protocol.errors import PeerLost, PotluckError
+from protocol.errors import Doubted, PeerLost, PotluckError
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ class Answers:
                     return
                 follower = Follower(answer, self._prompts)
                 try:
-                    self._run(order, follower)
+                    follower = self._checked(answer, follower)
                 finally:
                     answer.last_trace = trace = answer.trace
                     if trace is not None:
@@ -353,6 +353,18 @@ class Answers:
         finally:
             answer.end()
 
+    def _checked(self, answer: Answer, follower: Follower) -> Follower:
+        """Has the answer made; once more, and by others, where peers lied in it and nobody has seen it yet."""
+        try:
+            self._run(answer.order, follower)
+        except Doubted:
+            if answer.order.in_pieces:
+                raise
+            answer.tokens = 0
+            follower = Follower(answer, self._prompts)
+            self._run(answer.order, follower)
+        return follower
+
     def _run(self, order: Order, follower: Follower) -> None:
         model, prompts, sampling = self._model, self._prompts, order.sampling
         ids = torch.tensor([order.ids], device=model.device)
@@ -368,6 +380,7 @@ class Answers:
             generation_config=_config(order.max_tokens, prompts.ends),
             logits_processor=LogitsProcessorList(chosen),
             stopping_criteria=StoppingCriteriaList([follower]),
+            corrects=False,  # what chooses tokens here, and hands them on, is made for one try
         )
 
 

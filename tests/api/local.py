@@ -32,7 +32,7 @@ from tests.processes import until
 
 DEMO = "potluck-demo"
 # Rounding alone tells answers beside others from those alone; with int8 it is a step of 1/127 now and then.
-CLIENT = ClientConfig(wait_s=20.0, avoid_s=5.0, model=DEMO, codec="none")
+CLIENT = ClientConfig(wait_s=20.0, avoid_s=5.0, model=DEMO, codec="none", audit=0.0)
 MANY_TOKENS = 1 << 16
 
 

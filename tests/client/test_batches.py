@@ -33,7 +33,7 @@ from tests.harness import open_host, record_of
 
 N_BLOCKS, WIDTH = 6, 64
 ROWS, TOKENS = 6, 16
-CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0)
+CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0, audit=0.0)
 
 
 # ---------------------------------------------------------------------- plans

@@ -31,7 +31,7 @@ from tensor_codecs import codec, dtype_of
 from tests.harness import KnownPeers, open_host, record_of
 
 N_BLOCKS, WIDTH = 6, 64
-CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0)
+CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0, audit=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +353,7 @@ async def test_steps_are_pushed_and_the_clients_traffic_does_not_grow_with_the_h
             assert [host.service.pushed for host in hosts] == [0, 12, 12][: len(hosts)]
             assert all(host.service.relayed == 0 for host in hosts)
     assert sent[1] == sent[0], "what the client sends"
-    trace_bytes = 2 * 10 * 32  # two more hops tell in each of ten steps what it cost them
+    trace_bytes = 2 * 10 * 64  # two more hops tell in each of ten steps what it cost them, and two digests
     assert received[0] <= received[1] <= received[0] + trace_bytes, "what it receives"
 
 

@@ -10,6 +10,12 @@ from protocol.journal import Entry, Part
 from protocol.messages import HIDDEN, CacheOp, TensorSpec, token_axis
 
 
+def stepped(step_id: int, position: int, payload: bytes, *ops: CacheOp, tokens: int = 1) -> Entry:
+    """What a step brings, of this payload: float32 [1, tokens, 4]."""
+    spec = TensorSpec(HIDDEN, "none", "float32", (1, tokens, 4), len(payload))
+    return Entry(position, tokens, 1, (Part(spec, payload),), ops, step_id)
+
+
 @dataclass
 class FakeCache:
     """Rows of token values; the peer's cache as far as a journal is concerned."""

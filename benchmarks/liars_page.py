@@ -1,0 +1,86 @@
+"""The words of docs/lying-peers.md."""
+
+from __future__ import annotations
+
+from typing import Final
+
+INTRODUCTION: Final = """\
+# Peers that lie
+
+A peer may send anything. This page says what a client notices, how, and what it cannot notice. It is written by
+`python -m benchmarks liars`; its words are in `benchmarks/liars_page.py`.
+
+## In every step
+
+- **Digests.** Each peer takes a digest (BLAKE2b, 16 bytes) of what it received and of what it sends: of the payload
+  and how it is read, as it crosses the wire. Both ride on the step (`HopTrace`), and the client compares them before
+  it uses the result: what it sent with what the first hop received, what each hop sent with what the next one
+  received, what the last one sent with what it got. Where two do not agree, both are given up for a while, all hops
+  after them begin anew, and the edge between them goes through the client from then on, which sees for itself who
+  lies.
+- **Receipts.** A later hop could change what an earlier one said. So each peer also signs its digests, with the
+  session, the epoch and the step: every 32 steps, when it is asked, and at the end. Who signed something else than
+  was said with the step is given up, with the peer after it.
+- **Plausibility.** Peers look at each input, clients at each output: a value that is NaN, infinite or beyond 1e8 is
+  refused in its step.
+
+{cost}
+
+## Audits
+
+Each step is drawn at each hop with the probability `--audit`. For a drawn step the client asks the peer before the
+hop (for the first hop: itself) what it sent, and the hop (for the last hop: itself) what came out. Who recalls
+something else than it signed is convicted by that alone; what the hop does not say that it received proves nothing
+against it. So nothing is known of an audit before it is too late to change anything. Then peers that serve the same
+blocks, of the same number format and quantisation (by their records) where there are such, compute it again
+(`client/shadow.py`): an ordinary session, kept as long as the answer lasts, so that the next audit brings only what is
+new.
+
+An auditor needs the keys and values of all tokens before. So it computes all steps up to the drawn one in any case,
+and **all of them are compared that were not before**. That costs the hop's outputs on the client's line, and no
+computation; and it finds a liar at the first audit after its first lie, however seldom it lies. In all, a step of an
+audited hop costs the client's line three times what a step of the answer costs it in one direction (its input, its
+output, its input again), and other peers one more computation, many tokens at once.
+
+Two that differ are no proof: a **third** peer computes the same. Whoever it agrees with is honest; where it agrees
+with neither or with both, or where there is none, both are avoided if others serve the blocks, and otherwise it is
+said that the answer is doubtful. A liar is avoided for an hour, by this client alone: nothing is told to others, who
+could not check it.
+
+What was already shown cannot be taken back. The session is given up at its next step, and `generate` makes the answer
+again with others, from the same random numbers, before it returns: the caller gets the right answer. `on_event` is
+told the first token in doubt; a streamer that has not ended yet gets the right tokens from there on, after a call of
+its `on_doubt(first)`, if it has that. At its end an answer waits for audits that are under way (`audit_wait_s`). The
+gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`.
+
+Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
+a budget), or was told by a peer that was replaced since; rows with padding, and rows that were moved about, as in beam
+search; passes without a cache. A peer that says that it kept nothing is not avoided for it, though a liar may say so.
+**Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within the tolerance,
+which is that of the kind of peer that the liar says it is; what a peer reads.
+
+## Tolerance
+
+Two honest peers start from the same bytes and do not get the same ones: number formats, kernels, one token at a time
+against many at once, and the codec's rounding of what comes out. Their distance for a token is the L2 norm of the
+difference over the larger norm. `client/tolerance.py` adds up what each side's number format, quantisation and the
+codec were found to contribute, and allows {margin} times that. Weights of 8 or 4 bits are another model, nearly:
+compared with the model's own weights they may be far off, so that only their like is compared closely.
+
+Measured on activations of the demo model, three spans, audited peers one token at a time, auditors up to 512 at once:
+"""
+
+TAIL: Final = """
+- **noticed**: share of lies that are further off than two honest peers of that number format may be, with codec
+  `int8`.
+- **survives**: share of sessions with one liar in which it was not found; its auditor is honest and computes in
+  float32, too. *Drawn step alone*: the same, if only the drawn step were compared, which is what arithmetic says of
+  audits.
+- **tokens shown before**: mean number of tokens, from the first lie on, that came before the liar was found.
+  `generate` corrects them; whoever streams has seen them.
+- **wrong tokens that got through**: with 10 % liars of that kind among the peers, three hops, answers of 200 tokens:
+  the share of all tokens that come after a lie and were returned. All after the first lie count as wrong.
+- **with 10 % of auditors alike**: the same, if one auditor in ten lies in the same way and so agrees.
+- *wrong for one client* is a constant liar to that client, which does its own audits: others notice nothing, and need
+  not. Lies of the last three rows are noise.
+"""

@@ -1,0 +1,162 @@
+"""A shadow: other peers that compute again what one hop of a session computed, from the same inputs.
+
+An ordinary session as far as they can tell. It is kept, so that a later look needs only what is new. Nothing is mended
+here: where a peer of it fails, the shadow is given up, and the session itself never notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from client.chain import Link
+from client.hop import Hop, Inbox
+from client.open_chain import Peers, SessionSpec
+from client.tolerance import Kind, bound
+from protocol.errors import PeerFault, PeerLost, PotluckError, SessionLost, WireError
+from protocol.journal import Entry, Journal
+from protocol.limits import EDGE_BYTES, SESSION_ID_BYTES
+from protocol.messages import HIDDEN, CacheOp, Open, Route, StepResult
+from tensor_codecs import codec, dtype_of
+
+EPOCH = 1  # a shadow has no other
+PASS_TOKENS = 512  # rows x tokens that are computed at once
+
+
+class Shadow:
+    """Peers in the place of one hop.
+
+    Args:
+        links: that cover the hop's blocks.
+
+    Attributes:
+        next_step: the first step of the session that it has not computed.
+    """
+
+    def __init__(self, links: Sequence[Link], peers: Peers, spec: SessionSpec) -> None:
+        self.next_step = 0
+        self._spec = spec
+        self._inbox = Inbox()
+        secret = secrets.token_bytes(SESSION_ID_BYTES)
+        self._hops = [Hop(link, peers.channel(link.peer), secret, self._inbox) for link in links]
+        self._sent = 0  # steps
+        self._tokens = 0  # per row
+
+    @property
+    def peer_ids(self) -> frozenset[str]:
+        """Who computes."""
+        return frozenset(hop.link.peer.peer_id for hop in self._hops)
+
+    @property
+    def kind(self) -> Kind:
+        """What the peer with the coarsest numbers computes with: results are as good as the worst of them."""
+        kinds = [Kind(hop.link.peer.dtype, hop.link.peer.quantization) for hop in self._hops]
+        return max(kinds, key=lambda kind: bound(kind, Kind("float32"), "none"))
+
+    @property
+    def name(self) -> str:
+        """How logs name it."""
+        return " and ".join(hop.name for hop in self._hops)
+
+    async def open(self, timeout_s: float, patience_s: float) -> None:
+        """Opens the session on all its peers; see `Hop.attach`.
+
+        Raises:
+            PotluckError: one of them does not.
+        """
+        spec = self._spec
+        for hop in self._hops:
+            hop.edge = secrets.token_bytes(EDGE_BYTES)
+        requests = [
+            Open(
+                hop.session_id,
+                EPOCH,
+                spec.fingerprint,
+                hop.link.span,
+                spec.codec,
+                spec.batch,
+                spec.max_tokens,
+                edge=hop.edge,
+            )
+            for hop in self._hops
+        ]
+        attaching = (hop.attach(r, timeout_s, patience_s) for hop, r in zip(self._hops, requests, strict=True))
+        for outcome in await asyncio.gather(*attaching, return_exceptions=True):  # so that all are heard
+            if isinstance(outcome, BaseException):
+                raise outcome
+        for before, after in itertools.pairwise(self._hops):
+            before.route(Route(EPOCH, 0, after.link.peer.peer_id, after.edge))
+        self._hops[-1].route(Route(EPOCH, 0))
+
+    async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
+        """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].
+
+        Raises:
+            SessionLost: they do not go on where it is.
+            PotluckError: one of its peers failed.
+        """
+        journal, found = Journal([self._following(entry) for entry in entries]), list[Tensor]()
+        for batch in journal.batches(PASS_TOKENS):
+            result = await self._step(replace(batch, step_id=self._sent, trace=()), timeout_s)
+            self._sent += 1
+            found.append(await asyncio.to_thread(hidden_of, Entry.of(result.step)))
+        if not found:
+            return []
+        self.next_step = entries[-1].step_id + 1
+        return list(torch.split(torch.cat(found, dim=-2), [entry.tokens for entry in entries], dim=-2))
+
+    def _following(self, entry: Entry) -> Entry:
+        """The entry as it goes on where this is. Where it comes is in its digest, operations are not: no other is taken
+        over than the crop that follows from that."""
+        crops = [op for op in entry.ops if op.kind == "crop" and op.values == (entry.position,)]
+        if entry.position > self._tokens:
+            raise SessionLost(f"it has {self._tokens} tokens, and what follows starts at {entry.position}")
+        if entry.position < self._tokens and not crops:  # it was done to the log since, and rides on no step
+            crops = [CacheOp("crop", (entry.position,))]
+        self._tokens = entry.position + entry.tokens
+        return replace(entry, ops=(*(op for op in entry.ops if op.kind == "record_past"), *crops))
+
+    async def _step(self, entry: Entry, timeout_s: float) -> StepResult:
+        first, last = self._hops[0], self._hops[-1]
+        first.send(entry.step(EPOCH))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    heard = await self._inbox.get()
+                    if isinstance(heard.what, PotluckError):
+                        raise heard.what
+                    if not isinstance(heard.what, StepResult):
+                        continue  # it will leave, but has not yet
+                    if heard.hop is not last or heard.what.step.step_id != entry.step_id:
+                        raise PeerLost(f"{heard.hop.name} does not reach the one after it")
+                    return heard.what
+        except TimeoutError:
+            raise PeerLost(f"{self.name} took more than {timeout_s:g} s for one step") from None
+
+    def dismiss(self) -> None:
+        """Its peers may forget it."""
+        for hop in self._hops:
+            hop.dismiss()
+
+
+def hidden_of(entry: Entry) -> Tensor:
+    """The hidden states of an entry, decoded: [..., rows, tokens, H]. Not for an event loop.
+
+    Raises:
+        PeerFault: there are none, or they cannot be read.
+    """
+    try:
+        tensors = [
+            codec(part.spec.codec).decode(part.payload, part.spec.shape, dtype_of(part.spec.dtype))
+            for part in entry.parts
+            if part.spec.name == HIDDEN
+        ]
+        return torch.cat(tensors, dim=-2).narrow(-2, 0, entry.tokens)
+    except (ValueError, RuntimeError, LookupError, WireError) as error:
+        raise PeerFault(f"hidden states that cannot be read: {error}") from error

@@ -1,0 +1,58 @@
+"""How far two honest peers may be apart that compute the same: measured, with a margin. Pure.
+
+They start from the same bytes, but round differently: by their number format and their kernels, by whether tokens came
+one by one or many at once, and once more when the result is encoded. Quantised weights are another model, a little:
+peers are compared with their like, or within a wider bound. docs/lying-peers.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+MARGIN: Final = 4.0
+"""Times the largest distance that was measured between honest peers."""
+
+NOISE: Final[dict[str, float]] = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+"""Of one peer's number format: largest relative distance of a token's output from that in float32, many at once."""
+WEIGHTS: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 0.1, "nf4": 0.2}
+"""Of one peer's quantised weights, from the model's own; a peer whose weights are the same is nearer."""
+LIKE: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 3e-2, "nf4": 0.0}
+"""Of activations that are rounded beside the weights: between two peers whose weights are quantised alike."""
+CODEC: Final[dict[str, float]] = {"none": 0.0, "fp16": 1e-3, "bf16": 8e-3, "int8": 1.5e-2, "blockwise8": 3e-2}
+"""Of encoding: largest distance that it puts between two results which differ by as good as nothing."""
+COARSEST: Final = "bfloat16"  # an unknown number format is taken for this one
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a peer computes with, by its record."""
+
+    dtype: str = ""
+    quantization: str = ""
+
+
+def bound(one: Kind, other: Kind, codec: str) -> float:
+    """The relative distance up to which two peers count as agreeing."""
+    noise = sum(NOISE.get(kind.dtype, NOISE[COARSEST]) for kind in (one, other))
+    if (one.quantization or "none") == (other.quantization or "none"):
+        weights = LIKE.get(one.quantization, max(LIKE.values()))
+    else:
+        weights = sum(WEIGHTS.get(kind.quantization, max(WEIGHTS.values())) for kind in (one, other))
+    return MARGIN * (noise + weights + CODEC.get(codec, max(CODEC.values())))
+
+
+def distances(one: Tensor, other: Tensor) -> Tensor:
+    """Of each token's outputs: the L2 norm of the difference over the larger one's. float64 [tokens], the largest over
+    rows; infinite where a value is none.
+
+    Args:
+        one, other: [..., tokens, width], of one shape.
+    """
+    a, b = one.detach().double().cpu(), other.detach().double().cpu()
+    norms = torch.maximum(a.norm(dim=-1), b.norm(dim=-1)).clamp_min(1e-30)
+    apart = torch.nan_to_num((a - b).norm(dim=-1) / norms, nan=torch.inf)
+    return apart.reshape(-1, apart.shape[-1]).amax(dim=0)
