@@ -41,6 +41,7 @@ class Shadow:
 
     def __init__(self, links: Sequence[Link], peers: Peers, spec: SessionSpec) -> None:
         self.next_step = 0
+        self._peers = peers
         self._spec = spec
         self._inbox = Inbox()
         secret = secrets.token_bytes(SESSION_ID_BYTES)
@@ -70,22 +71,9 @@ class Shadow:
         Raises:
             PotluckError: one of them does not.
         """
-        spec = self._spec
         for hop in self._hops:
             hop.edge = secrets.token_bytes(EDGE_BYTES)
-        requests = [
-            Open(
-                hop.session_id,
-                EPOCH,
-                spec.fingerprint,
-                hop.link.span,
-                spec.codec,
-                spec.batch,
-                spec.max_tokens,
-                edge=hop.edge,
-            )
-            for hop in self._hops
-        ]
+        requests = [self._peers.signed(self._opening(hop), hop.link.peer) for hop in self._hops]
         attaching = (hop.attach(r, timeout_s, patience_s) for hop, r in zip(self._hops, requests, strict=True))
         for outcome in await asyncio.gather(*attaching, return_exceptions=True):  # so that all are heard
             if isinstance(outcome, BaseException):
@@ -93,6 +81,19 @@ class Shadow:
         for before, after in itertools.pairwise(self._hops):
             before.route(Route(EPOCH, 0, after.link.peer.peer_id, after.edge))
         self._hops[-1].route(Route(EPOCH, 0))
+
+    def _opening(self, hop: Hop) -> Open:
+        spec = self._spec
+        return Open(
+            hop.session_id,
+            EPOCH,
+            spec.fingerprint,
+            hop.link.span,
+            spec.codec,
+            spec.batch,
+            spec.max_tokens,
+            edge=hop.edge,
+        )
 
     async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
         """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].
