@@ -19,6 +19,8 @@ KEY_S = 600.0
 MAX_ACCOUNTS = 4096
 """Remembered at once; beyond, those are forgotten that were not seen for longest."""
 IPV6_HOME = 64
+MOST_PAUSE_S = 10.0
+"""Whoever is refused again and again waits no longer for that."""
 RETRY_AFTER_S = 2.0
 
 
@@ -146,6 +148,7 @@ class Accounts:
         self._accounts: dict[str, Account] = {}  # by name, the one that was seen last at the end
         self._keys: dict[str, dict[str, float]] = {}  # by address: the keys that have an account, and when last seen
         self._streams: dict[str, int] = {}  # by address
+        self._refusals: dict[str, Bucket] = {}  # by address
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -181,6 +184,19 @@ class Accounts:
         for bucket in buckets:
             bucket.take(nbytes, now_s)
         return max(bucket.wait_s(0.0, now_s) for bucket in buckets)
+
+    def refused(self, address: str, now_s: float) -> float:
+        """An opening from there is refused: seconds to wait before that is said. None at first; but who asks again and
+        again, without a pause, shall not keep this peer busy with saying no."""
+        bucket = self._refusals.pop(address, None) or Bucket(self.allowance.opens_per_s, self.allowance.opens_at_once)
+        self._refusals[address] = bucket
+        while len(self._refusals) > MAX_ACCOUNTS:
+            del self._refusals[next(iter(self._refusals))]
+        pause_s = bucket.wait_s(1.0, now_s)
+        if pause_s >= MOST_PAUSE_S:
+            return MOST_PAUSE_S
+        bucket.take(1.0, now_s)
+        return pause_s
 
     def enter(self, address: str) -> None:
         """A stream begins.

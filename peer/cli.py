@@ -105,10 +105,7 @@ def _dht_config(config: PeerConfig) -> DhtConfig:
 def join_token() -> None:
     """Print a new join token, for a swarm that only those who have it can join.
 
-    \b
-    Examples:
-      python -m peer join-token > ~/.potluck-token
-      python -m peer serve --new-swarm --join-token ~/.potluck-token
+    Keep it in a file that only you can read, and give that to --join-token of peers, clients and bootstrap nodes.
     """
     from protocol.join_token import JoinToken
 

@@ -440,8 +440,12 @@ class _Visit:
         if mine is not None and (request.session_id != mine.session_id or not request.resume):
             raise BadMessage("a stream carries one session")
         now_s = time.monotonic()
-        account = self._service.gate.admit(request, self._connection, now_s, time.time())
-        session = self._session = self._service.sessions.open(request, now_s, account)
+        try:
+            account = self._service.gate.admit(request, self._connection, now_s, time.time())
+            session = self._session = self._service.sessions.open(request, now_s, account)
+        except PotluckError:
+            await asyncio.sleep(self._service.gate.accounts.refused(home_of(self._connection), now_s))
+            raise
         if mine is not None:
             session.attached -= 1  # the same stream, a new epoch
         else:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer import accounts as module
-from peer.accounts import KEY_S, Account, Accounts, Allowance, Bucket, home_of
+from peer.accounts import KEY_S, MOST_PAUSE_S, Account, Accounts, Allowance, Bucket, home_of
 from peer.config import PeerConfig
 from protocol.errors import PeerFull
 
@@ -131,6 +131,14 @@ def test_who_sends_more_is_read_later() -> None:
     assert accounts.pause_s(greedy, 500, 0.0) == 0.5
     assert accounts.pause_s(polite, 1000, 0.0) == 0.0, "the other one's debts are its own"
     assert accounts.pause_s(None, 10_000, 0.0) == pytest.approx(0.25), "together they have a limit, too"
+
+
+def test_who_asks_again_and_again_waits_for_its_refusals() -> None:
+    accounts = Accounts(ALLOWANCE)
+    assert [accounts.refused(HOME, 0.0) for _ in range(8)] == [0.0] * 5 + [0.5, 1.0, 1.5]
+    assert max(accounts.refused(HOME, 0.0) for _ in range(1000)) == MOST_PAUSE_S
+    assert accounts.refused("198.51.100.1", 0.0) == 0.0
+    assert accounts.refused(HOME, 60.0) == 0.0, "what was asked in vain is forgotten soon"
 
 
 def test_streams_are_counted_by_address() -> None:

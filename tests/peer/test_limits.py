@@ -24,6 +24,7 @@ from peer.host import SpanHost
 from peer.work import Work
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
+from protocol.channel import open_channel
 from protocol.credentials import ClientKey, Credentials
 from protocol.errors import BadMessage, NotAdmitted, PeerFull, PeerLost, PotluckError, SessionLost
 from protocol.frames import Reply, ReplyAssembler, step_frames
@@ -431,8 +432,11 @@ async def test_a_push_that_stops_coming_is_cut_off(checkpoint: Path, monkeypatch
 
 async def test_a_message_over_the_limit_is_refused(checkpoint: Path) -> None:
     async with peer(checkpoint) as host, clients(host, None) as (greedy,):
-        with pytest.raises(grpc.aio.AioRpcError, match="larger than max"):
-            await Stream(greedy.stub).ask(pb.InferRequest(more=pb.More(), chunk=bytes(2 * CHUNK_BYTES)))
+        record = record_of(host)
+        channel = open_channel(record.addresses[0], record.certificate_der, max_message_bytes=1 << 20)
+        with pytest.raises(grpc.aio.AioRpcError, match="Received message larger than max"):
+            await Stream(pb_grpc.PeerStub(channel)).ask(pb.InferRequest(more=pb.More(), chunk=bytes(2 * CHUNK_BYTES)))
+        await channel.close()
         error = await (await greedy.session()).refusal(pb.InferRequest(step=pb.Step(payload_bytes=PAYLOAD_BYTES + 1)))
         assert isinstance(error, BadMessage)
         assert host.messages.bytes_left == host.messages.bytes_total
@@ -462,7 +466,7 @@ async def test_a_greedy_client_does_not_double_another_ones_time_between_tokens(
         alone_s = await between_tokens_s(stream, 25, first=1)
         flood = asyncio.create_task(flooding(greedy))
         try:
-            await until(lambda: len(host.sessions) > 40, "the flood")
+            await until(lambda: host.tally.refusals["peer-full"] >= 100, "the flood")
             beside_s = await between_tokens_s(stream, 60, first=26)
         finally:
             flood.cancel()

@@ -13,7 +13,7 @@ from protocol.join_token import PREFIX, SECRET_BYTES, JoinToken, read_join_token
 from protocol.limits import PROOF_BYTES, SESSION_ID_BYTES
 
 TOKEN = JoinToken(bytes(range(SECRET_BYTES)))
-TEXT = "potluck1-aaaqeayeaudaocajbifqydiob4t4x5xe"
+TEXT = "potluck1-aaaqeayeaudaocajbifqydiob5gkvwo5"
 SESSION = b"s" * SESSION_ID_BYTES
 
 
