@@ -130,8 +130,10 @@ async def start_daemon(
         async with asyncio.timeout(config.join_timeout_s):
             dht = await DHTNode.create(
                 p2p=p2p,
-                # The same place in the key space after a restart: what it should hold is soon there again.
-                node_id=DHTID.generate(source=p2p.peer_id.to_base58()),
+                # The same place in the key space after a restart: what it should hold is soon there again. Not so for
+                # a client, which holds nothing: others may remember it as a node at its old place for a while, and
+                # hivemind takes offence at being told of itself.
+                node_id=DHTID.generate(source=p2p.peer_id.to_base58() if listens else None),
                 initial_peers=texts or None,
                 client_mode=not listens,
                 num_replicas=config.replicas,

@@ -21,8 +21,7 @@ from tests.reach.network import PUBLIC, Network, trouble, two_homes
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "Tell me about the animals."
-TOKENS = 400
+TOKENS = 200
 LINE_MBIT = 100
 SHAPED_BAR, UNSHAPED_BAR = 0.9, 0.3
 GRPC, DHT, RELAY = 31331, 31330, 31332
@@ -62,11 +61,9 @@ class Homes:
     def hidden_id(self) -> str:
         return self.hidden.says(PEER.pattern)[1]
 
-    def generate(self) -> Process:
-        return self.start(
-            "home-b", "client", "generate", "--raw", "--max-new-tokens", str(TOKENS), "--speculate", "off", "--stats",
-            "--join", self.maddr, "--route", self.hidden_id, PROMPT,
-        )  # fmt: skip
+    def ask(self) -> Process:
+        """A long answer of the hidden peer, for home b."""
+        return self.start("home-b", "tests.reach.asker", str(TOKENS), self.hidden_id, self.maddr)
 
 
 @pytest.fixture(scope="module")
@@ -118,20 +115,20 @@ def test_its_record_stays_when_its_node_becomes_a_client(homes: Homes) -> None:
 
 @pytest.mark.parametrize("end", ["killed", "cut off"])
 def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end: str) -> None:
-    with homes.generate() as undisturbed:
+    with homes.ask() as undisturbed:
         assert undisturbed.wait(120.0) == 0, undisturbed.stderr
-    with homes.generate() as process:
-        until(lambda: len(process.stdout) > 20, "the beginning of an answer")
+    with homes.ask() as process:
+        until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
         (used,) = [place for place in homes.relays if homes.network.is_connected("home-b", PUBLIC[place], RELAY)]
         if end == "killed":
             homes.relays[used].send(signal.SIGKILL)
         else:
             homes.network.unplug(used)  # nobody is told
-        before = len(process.stdout)
+        before = process.stdout.count("\n")
         assert process.wait(120.0) == 0, process.stderr
-        assert before < len(process.stdout), "it was in the middle"
-        assert process.stdout == undisturbed.stdout
-        print(f"\n{used} was {end} after {before} of {len(process.stdout)} characters\n{process.stderr}")
+        assert before < TOKENS, "it was in the middle"
+        assert process.stdout == undisturbed.stdout and process.stdout.endswith("end\n")
+        print(f"\n{used} was {end} after {before} of {TOKENS} tokens\n{process.stderr}")
     homes.relays[used].kill()
     if end == "cut off":
         homes.network.plug(used)
