@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 MARGIN: Final = 4.0
-"""Times the largest distance that was measured between honest peers."""
+"""Times the largest distance that rounding was measured to put between honest peers of a small model."""
+WEIGHTS_MARGIN: Final = 2.0
+"""The same for weights that are not the same: rounding them once is no matter of chance."""
 
-NOISE: Final[dict[str, float]] = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
-"""Of one peer's number format: largest relative distance of a token's output from that in float32, many at once."""
-WEIGHTS: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 0.1, "nf4": 0.2}
-"""Of one peer's quantised weights, from the model's own; a peer whose weights are the same is nearer."""
-LIKE: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 3e-2, "nf4": 0.0}
-"""Of activations that are rounded beside the weights: between two peers whose weights are quantised alike."""
+NOISE: Final[dict[str, float]] = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 3e-2}
+"""Of one peer's number format: largest relative distance of a token's output from that of another way to compute it.
+In float32 far more than was measured on CPUs: GPUs add up in other orders, and some multiply with fewer bits."""
+WEIGHTS: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 0.15, "nf4": 0.3}
+"""Of one peer's quantised weights, from the model's own."""
+LIKE: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 0.1, "nf4": 0.0}
+"""Between two peers whose weights are quantised alike: with `int8` activations are rounded, too."""
 CODEC: Final[dict[str, float]] = {"none": 0.0, "fp16": 1e-3, "bf16": 8e-3, "int8": 1.5e-2, "blockwise8": 3e-2}
 """Of encoding: largest distance that it puts between two results which differ by as good as nothing."""
 COARSEST: Final = "bfloat16"  # an unknown number format is taken for this one
@@ -38,11 +41,11 @@ class Kind:
 def bound(one: Kind, other: Kind, codec: str) -> float:
     """The relative distance up to which two peers count as agreeing."""
     noise = sum(NOISE.get(kind.dtype, NOISE[COARSEST]) for kind in (one, other))
+    noise += CODEC.get(codec, max(CODEC.values()))
     if (one.quantization or "none") == (other.quantization or "none"):
-        weights = LIKE.get(one.quantization, max(LIKE.values()))
-    else:
-        weights = sum(WEIGHTS.get(kind.quantization, max(WEIGHTS.values())) for kind in (one, other))
-    return MARGIN * (noise + weights + CODEC.get(codec, max(CODEC.values())))
+        return MARGIN * (noise + LIKE.get(one.quantization, max(LIKE.values())))
+    weights = sum(WEIGHTS.get(kind.quantization, max(WEIGHTS.values())) for kind in (one, other))
+    return MARGIN * noise + WEIGHTS_MARGIN * weights
 
 
 def distances(one: Tensor, other: Tensor) -> Tensor:

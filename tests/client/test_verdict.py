@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from client.blame import LIAR_S, Blame
+from client.config import ClientConfig
 from client.tolerance import Kind, bound, distances
 from client.verdict import Distance, judge
+from protocol.errors import ConfigError
 
 NEAR, FAR = Distance(0.01, 0.1), Distance(0.5, 0.1)
 
@@ -63,3 +65,9 @@ def test_good_deeds_do_not_make_a_lie_forgotten() -> None:
     assert blame.avoided() == {"liar"}
     now_s[0] = LIAR_S + 1
     assert not blame.avoided()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_audits_is_a_share(share: float) -> None:
+    with pytest.raises(ConfigError, match="--audit is a share"):
+        ClientConfig(audit=share)
