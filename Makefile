@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup demo test test-all chaos soak fuzz docs check format bench proto clean
+.PHONY: setup demo test test-all chaos soak nat fuzz docs check format bench proto clean
 
 setup: $(INSTALLED)
 
@@ -44,6 +44,10 @@ fuzz: export OMP_NUM_THREADS = 1
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fuzz]'
 	$(BIN)/python -m tests.fuzz $(FUZZ_TARGETS)
+
+# Two homes behind routers and a relay between them, in network namespaces: as root.
+nat: setup
+	$(BIN)/python -m pytest -m slow -s tests/reach/test_nat.py
 
 # The parts of the docs that are read off the code; a test says if they are behind.
 docs: setup
