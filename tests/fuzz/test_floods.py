@@ -95,6 +95,7 @@ def test_ten_thousand_connections(
                 held_s = lorises.result()
             print(f"{most - before} lorises at once, {kib_each:.0f} KiB each, held for {held_s:.1f} s at most")
             print(f"{TURN} tokens took {took_s:.2f} s meanwhile")
+            print(f"descriptors: {before} before, {descriptors(peer.pid)} after")
             until(lambda: descriptors(peer.pid) <= before, "the peer to close the slow lorises")
             assert torch.equal(said, expected)
         assert held_s < HANDSHAKE_S + 5.0
