@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Process, nothing_left_over, until
+from tests.processes import Process, nothing_left_over, processes_of, until
 from tests.reach.network import PUBLIC, Network, trouble, two_homes
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ class Homes:
     folder: Path
     relays: dict[str, Process]
     hidden: Process
-    maddr: str
+    maddrs: dict[str, str]  # of the relays
 
     def start(self, place: str, *arguments: str) -> Process:
         """A command in one of the places."""
@@ -51,7 +51,8 @@ class Homes:
             return process.wait(120.0), process.stdout, process.stderr
 
     def serve(self, place: str, blocks: str) -> Process:
-        join = ("--join", self.maddr) if self.maddr else ("--new-swarm",)
+        others = [maddr for other, maddr in self.maddrs.items() if other != place]
+        join = [option for maddr in others for option in ("--join", maddr)] or ["--new-swarm"]
         return self.start(
             place, "peer", "-v", "serve", "--blocks", blocks, "--threads", "1", "--port", str(GRPC),
             "--dht-port", str(DHT), "--relay-port", str(RELAY), "--relay-mbps", "100000", *join,
@@ -63,7 +64,7 @@ class Homes:
 
     def ask(self) -> Process:
         """A long answer of the hidden peer, for home b."""
-        return self.start("home-b", "tests.reach.asker", str(TOKENS), self.hidden_id, self.maddr)
+        return self.start("home-b", "tests.reach.asker", str(TOKENS), self.hidden_id, *self.maddrs.values())
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +74,11 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homes]:
     folder = tmp_path_factory.mktemp("homes")
     print("\nmaking network namespaces: two homes, and a public network between them")
     with two_homes() as network:
-        homes = Homes(network, folder, {}, None, "")  # type: ignore[arg-type]
+        homes = Homes(network, folder, {}, None, {})  # type: ignore[arg-type]
         try:
             for place in ("one", "two"):
                 homes.relays[place] = homes.serve(place, "0:1")
-                maddr = homes.relays[place].says(r"^join (/\S+)$")[1]
-                homes.maddr = homes.maddr or maddr
+                homes.maddrs[place] = homes.relays[place].says(r"^join (/\S+)$")[1]
             homes.hidden = homes.serve("home-a", "0:24")
             yield homes
         finally:
@@ -104,7 +104,7 @@ def test_its_record_stays_when_its_node_becomes_a_client(homes: Homes) -> None:
     homes.hidden.says("this node of the DHT is a client now", on_stderr=True)
 
     def seen() -> bool:
-        _, out, _ = homes.run("home-b", "client", "status", "--json", "--join", homes.maddr)
+        _, out, _ = homes.run("home-b", "client", "status", "--json", "--join", homes.maddrs["two"])
         peers = [peer for model in json.loads(out)["models"] for peer in model["peers"]]
         return homes.hidden_id in {peer["peer_id"] for peer in peers} and len(peers) == 3
 
@@ -132,12 +132,13 @@ def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end
     homes.relays[used].kill()
     if end == "cut off":
         homes.network.plug(used)
+    until(lambda: not processes_of(homes.folder / used), f"the end of the p2pd of {used}, which holds its port")
     homes.relays[used] = homes.serve(used, "0:1")
     homes.relays[used].says(PEER.pattern)
 
 
 def test_doctor_in_a_home_says_that_it_can_serve_through_a_relay(homes: Homes) -> None:
-    code, out, error = homes.run("home-b", "peer", "doctor", "--json", "--join", homes.maddr)
+    code, out, error = homes.run("home-b", "peer", "doctor", "--json", "--join", homes.maddrs["two"])
     found = json.loads(out)
     assert code == 0 and found["can_serve"], error
     by_check = {finding["check"]: finding for finding in found["findings"]}
