@@ -447,6 +447,7 @@ async def test_a_message_over_the_limit_is_refused(checkpoint: Path) -> None:
 PASS_S, TOKEN_S = 0.02, 0.00125  # of a device that takes so long for a pass, and for each token in it
 
 
+@pytest.mark.slow  # it compares times
 async def test_a_greedy_client_does_not_double_another_ones_time_between_tokens(checkpoint: Path) -> None:
     """It opens sessions as fast as it can, sends a prompt in each, and asks on. The peer's device is a slow one:
     what is compared is what the peer does, not what this machine is busy with."""
