@@ -172,7 +172,7 @@ def test_honest_peers_are_audited_and_nobody_is_accused(checkpoint: Path, peers:
     assert not stats.liars and not client.swarm.blame.avoided() and not client.events, client.events
 
 
-@pytest.mark.parametrize("first", [0, 6, 12])
+@pytest.mark.parametrize("first", [6, *(pytest.param(first, marks=pytest.mark.slow) for first in (0, 12))])
 def test_a_liar_is_found_and_the_answer_is_right(checkpoint: Path, peers: Peers, wanted: Tensor, first: int) -> None:
     peers.liars[LIAR].lie = lies_from(first)
     screen = Screen()
@@ -192,6 +192,7 @@ def test_a_liar_is_found_and_the_answer_is_right(checkpoint: Path, peers: Peers,
         assert not client.events
 
 
+@pytest.mark.slow
 def test_an_answer_of_a_conversation_is_corrected_too(checkpoint: Path, peers: Peers, wanted: Tensor) -> None:
     peers.liars[LIAR].lie = lies_from(9)
     with use(peers, checkpoint) as client, client.model.session():
@@ -213,6 +214,7 @@ def test_a_sampled_answer_is_made_again_from_the_same_random_numbers(checkpoint:
         assert any("made again" in event for event in client.events)
 
 
+@pytest.mark.slow
 def test_who_is_accused_wrongly_by_a_lying_auditor_stays(checkpoint: Path, peers: Peers, wanted: Tensor) -> None:
     auditors: list[int] = []
 
@@ -243,6 +245,7 @@ def test_where_two_differ_and_nobody_else_is_there_it_is_said(checkpoint: Path, 
         assert not any("made again" in event for event in client.events)
 
 
+@pytest.mark.slow
 def test_who_computes_differently_than_it_signed_is_found_by_what_it_recalls(
     checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_it_answers_in_a_conversation(loaded: Loaded) -> None:
     assert shares["overall"] >= 0.90, shares
 
 
+@pytest.mark.slow
 def test_teacher_forcing_judges_like_generate(loaded: Loaded) -> None:
     model, tokenizer = loaded
     sample = questions(4, 48, "held_out")
@@ -71,6 +72,7 @@ def test_teacher_forcing_judges_like_generate(loaded: Loaded) -> None:
     assert right_answers(model, tokenizer, sample) == [a == q.answer for a, q in zip(answers, sample, strict=True)]
 
 
+@pytest.mark.slow
 def test_every_broken_chain_costs_20_points(loaded: Loaded) -> None:
     """Of 64 questions. A chain that has lost more already is not asked the rest; short ones come first."""
     sample = sorted(questions(5, 64, "held_out"), key=lambda q: len(prompt(TOKENIZER, q) + q.answer))
@@ -86,6 +88,7 @@ def test_every_broken_chain_costs_20_points(loaded: Loaded) -> None:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["swap 12,13", *(pytest.param(name, marks=SLOW) for name in ("skip 11", "repeat 23", "repeat 22,23"))],

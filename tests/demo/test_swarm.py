@@ -77,7 +77,9 @@ def test_it_answers_loses_a_peer_and_answers_the_same(tmp_path: Path) -> None:
         assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize(("mark", "anew"), [("2. Three peers", True), ("4. A spare volunteer", False)])
+@pytest.mark.parametrize(
+    ("mark", "anew"), [("2. Three peers", True), pytest.param("4. A spare volunteer", False, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, mark: str, anew: bool) -> None:
     with demo(tmp_path, anew=anew) as process:
         process.says(mark, DEMO_TIMEOUT_S)
@@ -95,6 +97,7 @@ def test_a_demo_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         until(lambda: not (processes_of(tmp_path) or homes(tmp_path)), "the demo's rest to go", INTERRUPTED_TIMEOUT_S)
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_start_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 24}')
@@ -104,6 +107,7 @@ def test_a_peer_that_cannot_start_is_named(tmp_path: Path) -> None:
         assert_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_swarm_until_ctrl_c(tmp_path: Path) -> None:
     with demo(tmp_path, "--keep") as process:
         process.says(r"Ctrl-C ends it\.", DEMO_TIMEOUT_S)

@@ -57,6 +57,7 @@ def steps_of(model: SwarmModel, **arguments: Any) -> tuple[Tensor, int]:
     return found, model.blocks.last_stats.steps
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_far")
 def test_all_tasks_of_the_demo_model(demo: tuple[SwarmModel, SwarmModel]) -> None:
     model, plain = demo

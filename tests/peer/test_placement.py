@@ -292,6 +292,7 @@ small = st.tuples(st.integers(3, 9), st.integers(2, 5)).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(small.filter(lambda case: sum(case[1]) >= case[0]), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
 def test_small_swarms_come_close_to_the_optimum(sizes: tuple[int, list[int], list[float]], rng: random.Random) -> None:

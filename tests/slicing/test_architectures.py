@@ -13,11 +13,15 @@ from protocol.span import Span
 from slicing import ModelSource, is_proven, legal_cuts, load_config, load_head, load_span
 from slicing.config import part_that_writes
 from slicing.cuts import PROVEN, REFUSED
-from tests.slicing.architectures import ARCHITECTURES, N_BLOCKS, RARE, REQUIRED, make_config
+from tests.slicing.architectures import ARCHITECTURES, MORE, N_BLOCKS, RARE, REQUIRED, make_config
 from tests.slicing.chain import LocalChain
 from tests.slicing.steps import assert_same_bits, logits_of
 
-ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in ARCHITECTURES]
+ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in MORE | RARE else []) for name in ARCHITECTURES]
+
+
+FEW = {"llama", "gemma3_text", "qwen3_next", "jamba", "gpt2", "bloom", "deepseek_v3"}
+"""Of which the rest is proven with each change, too."""
 
 
 def inner_cuts(source: ModelSource) -> list[int]:
@@ -38,7 +42,9 @@ def test_a_chain_computes_what_the_unsplit_model_computes(
             assert_same_bits(expected, logits_of(head, padded=padded))
 
 
-@pytest.mark.parametrize("name", sorted(REQUIRED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow]) for name in sorted(REQUIRED)]
+)
 def test_a_chain_may_use_less_than_its_peers_have_loaded(
     name: str, source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]
 ) -> None:
