@@ -43,7 +43,7 @@ PROMPT = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(
 TURN = 4  # tokens of the conversation per round
 
 
-@pytest.mark.slow  # a minute; the harness `surface` does as much in less for each change
+@pytest.mark.slow  # a minute
 def test_nonsense_on_the_port(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
