@@ -64,8 +64,9 @@ which is that of the kind of peer that the liar says it is; what a peer reads.
 Two honest peers start from the same bytes and do not get the same ones: number formats, kernels, one token at a time
 against many at once, and the codec's rounding of what comes out. Their distance for a token is the L2 norm of the
 difference over the larger norm. `client/tolerance.py` adds up what each side's number format, quantisation and the
-codec were found to contribute, and allows {margin} times that (2.4 in bfloat16): real models are wider and deeper, GPUs are not
-CPUs. Weights of 8 or 4 bits are another model, nearly: where only one side has them, twice what that was found to do is
+codec were found to contribute, and allows {margin} times that (2.4 in bfloat16): real models are wider and deeper, GPUs
+are not CPUs. Weights of 8 or 4 bits are another model, nearly: where only one side has them, twice what that was found
+to do is
 allowed besides, so that only their like is compared closely. That is why auditors of the same kind are taken first.
 
 Measured on activations of the demo model, three spans, audited peers one token at a time, auditors up to 512 at once:

@@ -25,6 +25,7 @@ from client.swarm import Swarm
 from dht.record import ModelRecord
 from dht.view import SwarmView
 from peer.host import SpanHost
+from protocol.credentials import ClientKey, Credentials
 from protocol.span import Span
 from slicing import resolve
 from tests.harness import open_host, record_of
@@ -124,6 +125,7 @@ def local(*spans: str, first_identity: int = 0, **settings: Any) -> Iterator[Loc
         hosts_of = _Hosts(Path(resolve(DEMO).location), spans, first_identity)
         hosts = asyncio.run_coroutine_threadsafe(hosts_of.open(), loop).result()
         reader, swarm = Reader(hosts), Swarm(CLIENT)
+        swarm._credentials = Credentials(ClientKey.ephemeral())
         swarm._loop, swarm._reader = loop, cast(Any, reader)
         model = SwarmModelForCausalLM.from_pretrained(DEMO, swarm=swarm, config=CLIENT)
         running = Local(loop, hosts, reader, open_gateway(model, config))

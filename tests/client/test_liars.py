@@ -19,6 +19,7 @@ from client.model import SwarmModel, SwarmModelForCausalLM
 from client.session import Session
 from client.swarm import Swarm
 from peer.host import SpanHost
+from protocol.credentials import ClientKey, Credentials
 from protocol.errors import Doubted
 from protocol.messages import Step
 from slicing import RemoteCache
@@ -137,6 +138,7 @@ def use(peers: Peers, checkpoint: Path, hosts: Sequence[int] = range(len(SPANS))
     given: dict[str, Any] = {"codec": "none", "wait_s": 20.0, "avoid_s": 5.0, "route": route, "audit": 1.0}
     config = ClientConfig(**(given | settings))
     swarm, events = Swarm(config), list[str]()
+    swarm._credentials = Credentials(ClientKey.ephemeral())
     swarm._loop, swarm._reader = peers.loop, cast(Any, Reader([peers.hosts[index] for index in hosts]))
     model = SwarmModelForCausalLM.from_pretrained(str(checkpoint), swarm=swarm, config=config, on_event=events.append)
     try:

@@ -18,7 +18,7 @@ from tests.dht.support import identity
 def host(span: Span) -> Any:
     """As much of a host as a record tells of."""
     return SimpleNamespace(
-        model=SimpleNamespace(span=span, dtype=torch.float32, quantization="none"),
+        model=SimpleNamespace(span=span, dtype=torch.float32, quantization="none", device=torch.device("cpu")),
         port=4200,
         batches=True,
         meter=Meter(len(span)),
