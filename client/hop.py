@@ -196,6 +196,8 @@ class Hop:
                 return await self._recalled(call)
         except (WireError, IndexError) as nonsense:
             raise self.blamed(PeerFault(f"{self.name} recalls nonsense: {nonsense}")) from nonsense
+        except PotluckError as error:
+            raise self.blamed(error) from None
         finally:
             self._recalling.discard(call)
             call.cancel()

@@ -79,6 +79,9 @@ class _Channel:
     def stream_stream(self, *args: Any, **kwargs: Any) -> Callable[[], _Call]:
         return lambda: _Call(self._replies)
 
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., _Call]:
+        return lambda request, timeout: _Call(self._replies)
+
     def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Coroutine[Any, Any, Any]]:
         async def call(request: Any, timeout: float) -> Any:
             return self._progress
@@ -124,6 +127,10 @@ async def _scene(replies: Sequence[Any], progress: Any) -> None:
     if hop._stream is not None:
         await hop._stream.reading
     _check_progress(await hop.progress(WAIT_S))
+    try:
+        await hop.recall(0)
+    except PotluckError as error:
+        _check_error(error)
     for state in states:
         to_renew([state, Opened(3, 3, 0, "")], 2)
     while not inbox.empty():
@@ -155,6 +162,7 @@ def _check_heard(what: StepResult | Notice | PotluckError, hop: Hop) -> None:
     assert what.undelivered.isprintable()
     for codec_name in ("int8", "none"):
         session = Session(SessionSpec("f", 4, codec_name), KnownPeers([PEER]), Blame(1.0), ClientConfig())
+        session._chain.hops = [hop]
         try:
             session._check(what, _entry(), hop)
         except ChainBroken:
