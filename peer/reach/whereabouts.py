@@ -29,6 +29,7 @@ from protocol.identity import Identity
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+FIRST_LOOK_S = 0.05  # until the port is open, and it is known where: its peer is announced no sooner
 ASK_EVERY_S = 600.0
 DOUBT_EVERY_S = 60.0  # while somebody cannot reach us, or clients were lost
 NOBODY_EVERY_S = 5.0  # as long as there is nobody to ask
@@ -109,7 +110,7 @@ class Whereabouts:
     async def _is_poked(self) -> bool:
         """Did something change at our relays, within a moment?"""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_EVERY_S):
+            async with asyncio.timeout(LOOK_EVERY_S if self.known.is_set() else FIRST_LOOK_S):
                 await self._poked.wait()
         return self._poked.is_set()
 
