@@ -10,8 +10,9 @@ from __future__ import annotations
 import ipaddress
 import math
 from dataclasses import dataclass, field
-from urllib.parse import unquote
 
+from peer.bucket import Bucket
+from peer.reach.places import ip, seen_host
 from protocol.errors import PeerFull
 
 KEY_S = 600.0
@@ -47,31 +48,6 @@ class Allowance:
     share: float
     keys: int
     streams: int
-
-
-class Bucket:
-    """Something of which `per_s` comes in each second, and at most `most` is saved up."""
-
-    def __init__(self, per_s: float, most: float) -> None:
-        self._per_s = per_s
-        self._most = most
-        self._level = most
-        self._at_s = -math.inf
-
-    def wait_s(self, amount: float, now_s: float) -> float:
-        """Seconds until `amount` is there; 0: now."""
-        self._fill(now_s)
-        return max(0.0, (amount - self._level) / self._per_s)
-
-    def take(self, amount: float, now_s: float) -> None:
-        """Takes `amount`, on credit if need be."""
-        self._fill(now_s)
-        self._level -= amount
-
-    def _fill(self, now_s: float) -> None:
-        if now_s > self._at_s:
-            self._level = min(self._most, self._level + (now_s - self._at_s) * self._per_s)
-            self._at_s = now_s
 
 
 @dataclass(slots=True, eq=False)
@@ -181,9 +157,7 @@ class Accounts:
     def pause_s(self, account: Account | None, nbytes: int, now_s: float) -> float:
         """So many bytes have come from a client, of whatever account: seconds that it is not to be read for."""
         buckets = [self._traffic] if account is None else [self._traffic, account.traffic]
-        for bucket in buckets:
-            bucket.take(nbytes, now_s)
-        return max(bucket.wait_s(0.0, now_s) for bucket in buckets)
+        return max([bucket.take(nbytes, now_s) for bucket in buckets])
 
     def refused(self, address: str, now_s: float) -> float:
         """An opening from there is refused: seconds to wait before that is said. None at first; but who asks again and
@@ -220,14 +194,10 @@ class Accounts:
 
 def home_of(peer: str) -> str:
     """The address that counts, of what gRPC calls a peer: `ipv4:192.0.2.7:5000`, `ipv6:%5B2001:db8::1%5D:5000`."""
-    kind, _, rest = unquote(peer).partition(":")
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return kind  # a socket of this machine
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:
-            return str(ipaddress.ip_network((address, IPV6_HOME), strict=False))
-        return str(address.ipv4_mapped)
+    host = seen_host(peer)
+    address = None if host is None else ip(host)
+    if address is None:
+        return peer.partition(":")[0]  # a socket of this machine
+    if address.version == 6:
+        return str(ipaddress.ip_network((address, IPV6_HOME), strict=False))
     return str(address)

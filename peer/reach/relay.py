@@ -21,7 +21,7 @@ from functools import partial
 from typing import cast
 
 from dht.background import background
-from peer.reach.bucket import Bucket
+from peer.bucket import Bucket
 from peer.reach.frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
 from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
 from peer.reach.places import block, ip
@@ -72,7 +72,7 @@ class Relay:
         self.board: Switchboard[Entrance] = Switchboard(settings.limits)
         self._loop = asyncio.get_running_loop()
         bytes_per_s = settings.mbit_per_s * 1e6 / 8
-        self._bucket = Bucket(bytes_per_s, max(MIN_BURST_BYTES, bytes_per_s * BURST_S), self._loop.time())
+        self._bucket = Bucket(bytes_per_s, max(MIN_BURST_BYTES, bytes_per_s * BURST_S))
         self._splices: set[Splice] = set()
         self._entrances: set[Entrance] = set()
         self._tasks: set[asyncio.Task[None]] = set()

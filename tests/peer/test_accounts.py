@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer import accounts as module
-from peer.accounts import KEY_S, MOST_PAUSE_S, Account, Accounts, Allowance, Bucket, home_of
+from peer.accounts import KEY_S, MOST_PAUSE_S, Account, Accounts, Allowance, home_of
+from peer.bucket import Bucket
 from peer.config import PeerConfig
 from protocol.errors import PeerFull
 

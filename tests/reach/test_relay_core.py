@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.reach.bucket import Bucket
+from peer.bucket import Bucket
 from peer.reach.frames import MAX_BODY_BYTES, NONCE_BYTES, TOKEN_BYTES, Frame, FrameReader, Kind, proof, proven
 from peer.reach.hello import MAX_HELLO_BYTES, server_name
 from peer.reach.places import address, block, host_of, is_global, is_loopback, seen_end, seen_host
@@ -213,7 +213,7 @@ def test_strangers_of_one_block_do_not_keep_out_others() -> None:
 
 
 def test_a_bucket_lets_through_its_rate_and_a_burst() -> None:
-    bucket, now_s, carried = Bucket(1e6, 2e5, 0.0), 0.0, 0
+    bucket, now_s, carried = Bucket(1e6, 2e5), 0.0, 0
     while now_s < 10.0:
         carried += 65536
         now_s += bucket.take(65536, now_s)
@@ -221,7 +221,7 @@ def test_a_bucket_lets_through_its_rate_and_a_burst() -> None:
 
 
 def test_small_messages_do_not_wait_for_a_bucket_that_is_not_empty() -> None:
-    bucket = Bucket(1e6, 2e5, 0.0)
+    bucket = Bucket(1e6, 2e5)
     assert bucket.take(100_000, 0.0) == 0.0
     assert bucket.take(4096, 0.0) == 0.0
     assert bucket.take(1_000_000, 0.0) == pytest.approx(0.904, abs=0.001)
