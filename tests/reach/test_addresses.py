@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import grpc.aio
 import pytest
 
 from client import channels as module
@@ -56,6 +57,14 @@ async def silence() -> AsyncIterator[int]:
         server.close()
         for writer in taken:
             writer.transport.abort()
+
+
+async def carried_by(channel: grpc.aio.Channel, relay: Relay) -> int:
+    """Bytes that the relay carried while that channel was used for some calls."""
+    before = relay.carried_bytes
+    for _ in range(20):
+        assert await round_trip_ms(channel, TIMEOUT_S) is not None
+    return relay.carried_bytes - before
 
 
 def record(*ports: int, relayed: int = 0) -> PeerRecord:
@@ -127,16 +136,15 @@ async def test_the_direct_way_is_taken_when_it_works_again(monkeypatch: pytest.M
     monkeypatch.setattr(module, "DIRECT_TIMEOUT_S", 0.5)
     async with answering(1) as inner, relay_to(inner) as relay, silence() as port:
         there, channels = record(port, relay.port, relayed=1), Channels()
-        assert await round_trip_ms(channels.to(there), TIMEOUT_S) is not None
         before = channels.to(there)
+        through_relay_bytes = await carried_by(before, relay)
         await channels.go_direct([there])
         assert channels.to(there) is before, "it does not answer"
-        carried = relay.carried_bytes
         there_too = replace(there, addresses=(f"127.0.0.1:{inner}", there.addresses[1]))
         channels.to(there_too)
         await channels.go_direct([there_too, record(inner)])
-        assert await round_trip_ms(channels.to(there_too), TIMEOUT_S) is not None
-        assert relay.carried_bytes == carried, "nothing went through the relay"
+        # Not none at all: the old connection's last acknowledgements may come when the new one is in use.
+        assert await carried_by(channels.to(there_too), relay) < through_relay_bytes / 2, "they went through the relay"
         assert await round_trip_ms(before, TIMEOUT_S) is not None, "whoever uses it still can"
         await channels.close()
 
