@@ -23,7 +23,7 @@ from client.blame import Blame
 from client.chain import Link
 from client.chunks import HopCost
 from client.config import ClientConfig
-from client.deadline import StepTimes
+from client.deadline import LEAST_S, StepTimes
 from client.hop import Hop
 from client.ledger import broken_edge
 from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
@@ -38,7 +38,7 @@ from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
 
-ASK_AGAIN_S = 0.3  # after trouble in the same step, once something was done about it
+ASK_AGAIN_S = 0.3  # after trouble in the same step or the one before it, once something was done about it
 STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
 BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
 SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
@@ -75,6 +75,7 @@ class Session:
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
+        self._wary = False  # was the chain mended in the step before?
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
         self._passing: asyncio.Task[object] | None = None  # the task of the pass under way
         self._interrupted = False
@@ -173,6 +174,7 @@ class Session:
                 await trial.again(chain.give_up(broken.losses, trial))
                 continue
             flight.done += 1
+            self._wary = trial.mended
             is_timed = is_alone and not trial.disturbed
             took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
             self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
@@ -193,8 +195,9 @@ class Session:
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
         chain, late = self._chain, _Late()
-        timeout_s = self._times.allowance_s(entry.tokens)
-        if trial.disturbed:  # trouble seldom comes alone, and to ask costs little
+        # Trouble seldom comes alone, and to ask costs little.
+        timeout_s = self._times.allowance_s(entry.tokens, ASK_AGAIN_S if self._wary else LEAST_S)
+        if trial.disturbed:
             timeout_s = min(timeout_s, ASK_AGAIN_S)
         while True:
             try:
@@ -202,7 +205,7 @@ class Session:
                     heard = await chain.inbox.get()
             except TimeoutError:
                 trial.disturbed = True
-                timeout_s = await self._inquire(entry, late)
+                timeout_s = await self._inquire(entry, late, trial)
                 continue
             hop, what = heard.hop, heard.what
             if hop not in chain.hops or isinstance(what, Notice):
@@ -247,7 +250,7 @@ class Session:
         index = self._chain.hops.index(hop)
         return ChainBroken(*(Loss(suspect, error) for suspect in self._chain.hops[max(0, index - 1) : index + 1]))
 
-    async def _inquire(self, entry: Entry, late: _Late) -> float:
+    async def _inquire(self, entry: Entry, late: _Late, trial: Trial) -> float:
         """The step is late: asks all hops where it is. Returns after how many seconds to ask again.
 
         Raises:
@@ -270,6 +273,7 @@ class Session:
         if late.lasts_s < STUCK_S + slack_s and late.total_s < for_ever_s:
             return STUCK_S
         chain.unblock(verdict.stuck, reports)
+        trial.mended = True
         late.forget()
         return ASK_AGAIN_S
 
