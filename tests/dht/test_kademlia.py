@@ -9,10 +9,14 @@ PROGRAM = """
 import sys
 import dht.node
 
-training = [name for name in ("hivemind.moe", "hivemind.optim", "hivemind.averaging") if name in sys.modules]
+training = [name for name in ("hivemind.moe", "hivemind.optim", "hivemind.averaging", "torch") if name in sys.modules]
 assert not training, training
 
 import hivemind
+from hivemind.utils import MPFuture, get_logger
+
+assert MPFuture.__module__ == "hivemind.utils.mpfuture"
+assert get_logger is sys.modules["hivemind.utils.logging"].get_logger
 
 assert hivemind.dht is sys.modules["hivemind.dht"]
 assert hivemind.Optimizer.__module__.startswith("hivemind.optim")
