@@ -9,10 +9,12 @@ IN_PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder
 
 setup: $(INSTALLED)
 
-# Not compiled: of the 16,000 modules that are installed, few are ever imported; these are compiled then.
+# Not compiled: of the 16,000 modules that are installed, few are ever imported. Those that the commands import are
+# compiled at the end: where the environment forbids to keep that, each process would do it anew, for seconds.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import client.api.server, dashboard.server, demo.cli, tests.preloaded'
 	@touch $@
 
 demo: setup
@@ -21,8 +23,8 @@ demo: setup
 # Two at a time, those of a module one after the other: they share swarms. Those of tests/chaos take the time of answers,
 # and so run alone.
 test test-all: export OMP_NUM_THREADS = 1
-# Else each of the many processes would compile anew what it imports of ours, where the environment forbids to keep it.
-test test-all: export PYTHONDONTWRITEBYTECODE =
+# Else each of the many processes would compile anew what was changed of ours, where the environment forbids to keep it.
+demo test test-all chaos soak nat bench: export PYTHONDONTWRITEBYTECODE =
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(IN_PARALLEL) --ignore tests/chaos
 	$(BIN)/python -m pytest -m "not slow" tests/chaos
