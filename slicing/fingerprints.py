@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from slicing.checkpoint import stored_tensors
@@ -78,7 +80,10 @@ def block_digests(model: SpanModel, known: Mapping[int, str] | None = None) -> d
         known: digests of blocks that `model` took over from another one (`move_span`); not computed again.
     """
     known = known or {}
-    return {i: known.get(i) or _module_digest(block) for i, block in model.blocks.items()}
+    unknown = {i: block for i, block in model.blocks.items() if i not in known}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib lets others run meanwhile
+        found = dict(zip(unknown, threads.map(_module_digest, unknown.values()), strict=True))
+    return {i: known.get(i) or found[i] for i in model.blocks}
 
 
 def _relevant(value: Any) -> Any:
