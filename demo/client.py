@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from demo.swarm import LOOK_EVERY_S, DemoFailed, LocalSwarm
+from protocol.command import importing
 from protocol.errors import SwarmNotFound
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ async def joining(swarm: LocalSwarm) -> AsyncIterator[Client]:
 
 
 def _join(model: str, maddr: str, on_event: Callable[[str], None]) -> SwarmModel:
-    import torch
+    with importing():
+        import torch
 
-    from client.model import SwarmModelForCausalLM
+        from client.model import SwarmModelForCausalLM
 
     torch.set_num_threads(1)  # as the peers do: more threads than cores would only wait for each other
     return SwarmModelForCausalLM.from_pretrained(model, join=[maddr], on_event=on_event)

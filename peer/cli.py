@@ -20,7 +20,7 @@ from protocol.settings import load
 
 if TYPE_CHECKING:
     from dht.config import DhtConfig
-    from peer.server import Peer
+    from peer.assembly import Peer
 
 
 @click.group(cls=PotluckGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,91 +1,42 @@
-"""Puts a peer together: find the swarm, choose and load the blocks, open the port, announce, serve, leave."""
+"""A peer, from the search for its swarm to its end. What computes is imported while the swarm is joined: both take a
+second or two, of which joining mostly waits."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dht.announcer import REFUSED, Announcer, announcing
-from dht.background import background
 from dht.config import DhtConfig
 from dht.locate import Located, locate_swarm
-from dht.maddr import Maddr
 from dht.node import SwarmNode, open_node
-from dht.presence import findable
-from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmReader, reading
-from peer.balance import Balance
 from peer.config import PeerConfig
-from peer.finder import Finder
-from peer.first_span import FirstSpan
-from peer.gate import PEER, Entry, Lists
-from peer.host import Served, SpanHost
-from peer.hosting import Hosting
-from peer.links import Resolve
-from peer.loading import SpanLoader
-from peer.metrics import serving_metrics
-from peer.neighbours import Neighbours
-from peer.placement import MovePolicy
-from peer.reach.whereabouts import Around, keeping_track
-from peer.standing import Standing
-from protocol.errors import SwarmNotFound, UnknownModel, WrongModel
+from peer.gate import Entry
+from protocol.command import importing
+from protocol.errors import SwarmNotFound
 from protocol.identity import Identity, claim_identity
-from slicing import ModelSource, Progress, fingerprint, legal_cuts, load_config, n_blocks, resolve
+
+if TYPE_CHECKING:
+    from peer.assembly import Peer
+    from peer.host import Served
+    from slicing import ModelSource, Progress
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "potluck-demo"
-
 
 @dataclass(frozen=True, slots=True)
-class Peer:
-    """A running peer, for whoever shows it."""
+class Joined:
+    """This peer in its swarm, before it serves anything. `found`: None, if it started the swarm itself."""
 
+    identity: Identity
     node: SwarmNode
-    announcer: Announcer
-    standing: Standing
-    found: Located | None  # None: it started a swarm of its own
-
-    @property
-    def host(self) -> SpanHost:
-        """What serves now."""
-        assert self.standing.host is not None, "between two spans there is no host"
-        return self.standing.host
-
-    @property
-    def join(self) -> str:
-        """Through which node others join: this one, or, where nobody can dial it, one through which it did itself."""
-        through = () if self.found is None else self.found.maddrs
-        own = self.node.maddrs
-        return next(iter((*own, *through) if self.record().direct else (*through, *own)))
-
-    def record(self) -> PeerRecord:
-        """What it says of itself now."""
-        return self.standing.record()
-
-    async def leave(self, drain_s: float, say: Callable[[str], None] = logger.info) -> None:
-        """Takes no new sessions from now on, tells the swarm, and waits until those that there are have gone on
-        elsewhere, `drain_s` at most. What remains is done when the peer is closed."""
-        self.standing.leave()
-        host = self.standing.host
-        if host is not None:
-            host.drain()
-        await self.announcer.announce()
-        if host is None or not host.holding_up:
-            return
-        say(f"{_sessions(host.holding_up)} being handed over, {drain_s:g} s at most; once more to leave at once")
-        if left := await host.drained(drain_s):
-            say(f"leaving although {_sessions(left)} still here")
-
-
-def _sessions(number: int) -> str:
-    return "1 session is" if number == 1 else f"{number} sessions are"
+    reader: SwarmReader
+    entry: Entry
+    found: Located | None
 
 
 @asynccontextmanager
@@ -105,48 +56,35 @@ async def open_peer(
     Raises:
         UserError: the model, the blocks, the port, the memory or the swarm cannot be used; each says what to do.
     """
-    rng = random.Random()
     entry = await asyncio.to_thread(Entry.read, dht_config.join_token, config.allow, config.deny)
     async with AsyncExitStack() as stack:
         identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
+        preparing = asyncio.create_task(asyncio.to_thread(_prepare, config), name="preparing")
+        preparing.add_done_callback(_looked_at)
+        stack.callback(preparing.cancel)
         found = await _locate(dht_config)
         node, found = await _enter_swarm(stack, dht_config, identity, found)
         say("started a new swarm" if found is None else f"joined a swarm through {found.how}")
         reader = await stack.enter_async_context(reading(node))
-        source, served = await _choose_model(config, reader)
-        reader.watch(served.fingerprint)
-        loader = await asyncio.to_thread(SpanLoader.choose, config, source, served, progress)
-        first = FirstSpan(config, loader, reader, identity.peer_id, rng, say)
-        standing = Standing(identity, served, await first.choose(), config, partial(_hosts, config, node))
-        if config.metrics_port is not None:
-            url = await stack.enter_async_context(serving_metrics(standing, config.metrics_host, config.metrics_port))
-            say(f"metrics at {url}")
-        announcer = await stack.enter_async_context(announcing(node, standing.record, _listing(identity, served)))
-        if node.is_refused:
-            say(REFUSED)
-        await stack.enter_async_context(findable(node, dht_config, "peer"))
-        balance = Balance(standing, served, reader, _policy(config), rng)
-        neighbours = Neighbours(identity.peer_id, lambda: standing.span, lambda: reader.view.online(served.fingerprint))
-        await stack.enter_async_context(background(neighbours.run(), "neighbours"))
-        standing.rtts_ms = neighbours.rtts_ms
-        around = Around(
-            hosts=partial(_hosts, config, node),
-            peers=lambda: [peer for peers in reader.view.peers_by_model.values() for peer in peers],
-            port=lambda: standing.port,
-            host=lambda: standing.host,
-            announce=announcer.announce,
-            set_dialable=node.set_dialable,
-            say=say,
-        )
-        whereabouts = await stack.enter_async_context(keeping_track(identity, config, around))
-        standing.place = whereabouts.place
-        find = _permitted(Finder(reader).find, entry.lists)
-        open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find, entry=entry)
-        hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)
-        await stack.enter_async_context(background(hosting.run(), "hosting"))
-        await hosting.ready.wait()
-        await whereabouts.known.wait()
-        yield Peer(node, announcer, standing, found)
+        known = await preparing
+
+        from peer.assembly import assembled
+
+        joined = Joined(identity, node, reader, entry, found)
+        yield await stack.enter_async_context(assembled(joined, config, dht_config, known, progress, say))
+
+
+def _prepare(config: PeerConfig) -> tuple[ModelSource, Served] | None:
+    with importing():
+        from peer.assembly import prepare
+
+        return prepare(config)
+
+
+def _looked_at(task: asyncio.Task[Any]) -> None:
+    """Should joining fail, too, only that is told."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _locate(config: DhtConfig) -> Located | None:
@@ -172,69 +110,3 @@ async def _enter_swarm(
                 raise
             logger.warning("%s", error)
     return await stack.enter_async_context(open_node(config, identity)), None
-
-
-async def _choose_model(config: PeerConfig, reader: SwarmReader) -> tuple[ModelSource, Served]:
-    """The model to serve: the named one, else the swarm's only one, else the embedded one.
-
-    Raises:
-        UnknownModel: none was named, and the swarm has several; or the name leads nowhere on this machine.
-        WrongModel: the swarm serves another model under that name.
-    """
-    names_here = sorted({model.name for model in reader.view.models})
-    if config.model is None and len(names_here) > 1:
-        raise UnknownModel(f"this swarm serves {', '.join(names_here)}; name one of them with --model")
-    name = config.model or (names_here[0] if names_here else EMBEDDED_MODEL)
-    try:
-        source = await asyncio.to_thread(resolve, name)
-    except UnknownModel as error:
-        if config.model is not None:
-            raise
-        raise UnknownModel(
-            f"this swarm serves {name!r}, which is not on this machine or on the hub; say where it is with --model"
-        ) from error
-    served = await asyncio.to_thread(_served, source)
-    known = reader.view.named(served.model)
-    if known and served.fingerprint not in {model.fingerprint for model in known}:
-        raise WrongModel(f"this swarm serves another model under the name {served.model!r}; use the same files")
-    return source, served
-
-
-def _permitted(find: Resolve, lists: Lists) -> Resolve:
-    """As `find`, for peers to which this one may push; to others, clients carry results themselves."""
-
-    async def found(peer_id: str, useless: PeerRecord | None = None) -> PeerRecord | None:
-        return await find(peer_id, useless) if lists.permit(peer_id, PEER) else None
-
-    return found
-
-
-def _served(source: ModelSource) -> Served:
-    config = load_config(source)
-    name = source.name if source.revision is not None else Path(source.name).name
-    return Served(name, fingerprint(source), n_blocks(config), legal_cuts(config))
-
-
-def _listing(identity: Identity, served: Served) -> ModelRecord:
-    return ModelRecord(
-        signer=identity.peer_id,
-        name=served.model,
-        fingerprint=served.fingerprint,
-        n_blocks=served.n_blocks,
-        cuts=() if len(served.legal_cuts) == served.n_blocks + 1 else served.legal_cuts[1:-1],
-    )
-
-
-def _policy(config: PeerConfig) -> MovePolicy:
-    """The policy of moves; looks as often as the user says, also where it would look more seldom or more often."""
-    if config.balance_every_s is None:
-        return MovePolicy()
-    return MovePolicy(check_every_s=config.balance_every_s, gap_check_every_s=config.balance_every_s)
-
-
-def _hosts(config: PeerConfig, node: SwarmNode) -> list[str]:
-    """Where others reach this machine: the announced host, else those under which the DHT node is reached."""
-    if config.announce_host is not None:
-        return [config.announce_host]
-    maddrs = [Maddr.require(text) for text in node.maddrs]
-    return list(dict.fromkeys(maddr.host for maddr in maddrs))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -86,6 +88,19 @@ def set_up_logging(verbose: int) -> None:
     if verbose:
         for name in ("peer", "client", "dashboard", "dht", "slicing", "protocol", "demo"):
             logging.getLogger(name).setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports of a great many modules: without the garbage collector, which goes through all that is there again
+    and again, and takes a fifth of the time that torch and transformers need. What they leave is collected later."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def tame_libraries() -> None:

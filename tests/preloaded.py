@@ -6,22 +6,23 @@ import gc
 from importlib import import_module
 from pathlib import Path
 
-from protocol.command import tame_libraries
+from protocol.command import importing, tame_libraries
 
 MODULES = (
     "client.status",
     "client.text",
     "dht.bootstrap",
+    "peer.assembly",
     "peer.progress",
-    "peer.server",
     "transformers.models.gemma3.modeling_gemma3",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
 )
 
 tame_libraries()
-for name in MODULES:
-    import_module(name)
+with importing():
+    for name in MODULES:
+        import_module(name)
 assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads do not survive a fork"
 gc.collect()
 gc.freeze()  # what all share stays shared: collections of the forked ones leave it alone
