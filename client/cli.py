@@ -14,12 +14,13 @@ import click
 from client.api.config import LOOPBACK, ApiConfig
 from client.api.config import SECTION as API_SECTION
 from client.config import SECTION, ClientConfig
-from protocol.command import PotluckGroup, config_options, set_up_logging, tame_libraries
+from protocol.command import PotluckGroup, config_options, importing, set_up_logging, tame_libraries
 from protocol.errors import ConfigError
 from protocol.settings import load
 
 if TYPE_CHECKING:
     from client.model import SwarmModel
+    from client.swarm import Swarm
     from client.text import Sampling
 
 SAMPLING_OPTIONS = (
@@ -91,12 +92,13 @@ def generate(
     if not prompt:
         raise ConfigError("the prompt is empty")
     config = _config(options)
+    with _joining(config) as swarm:
+        with importing():
+            from client.report import reporting
+            from client.text import answer, encode_messages, encode_text, load_tokenizer
 
-    from client.report import reporting
-    from client.text import answer, encode_messages, encode_text, load_tokenizer
-
-    sampling = _sampling(options, num_beams=num_beams)
-    with _model(config) as model:
+        sampling = _sampling(options, num_beams=num_beams)
+        model = _model(config, swarm)
         tokenizer = load_tokenizer(model.source)
         ids = encode_text(tokenizer, prompt) if raw else encode_messages(tokenizer, [_said("user", prompt)])
         with reporting(model, shown=trace, file=trace_file):
@@ -117,12 +119,13 @@ def chat(system: str | None, trace: bool, trace_file: Path | None, **options: An
     What was said stays on the peers: each turn sends its new words only.
     """
     config = _config(options)
+    with _joining(config) as swarm:
+        with importing():
+            from client.report import reporting
+            from client.text import answer, encode_messages, interruptible, load_tokenizer
 
-    from client.report import reporting
-    from client.text import answer, encode_messages, interruptible, load_tokenizer
-
-    sampling = _sampling(options)
-    with _model(config) as model:
+        sampling = _sampling(options)
+        model = _model(config, swarm)
         tokenizer = load_tokenizer(model.source)
         opening = [_said("system", system)] if system else []
         messages = list(opening)
@@ -184,7 +187,8 @@ def api(**options: Any) -> None:
     if config.host not in LOOPBACK and not config.api_key:
         click.echo(f"Anyone who reaches {config.host} can use this server: give it a key with --api-key.", err=True)
 
-    from client.api.server import serve
+    with importing():
+        from client.api.server import serve
 
     serve(client, config, click.echo, lambda text: click.echo(f"· {text}", err=True))
 
@@ -233,10 +237,19 @@ def _sampling(options: dict[str, Any], **more: Any) -> Sampling:
     return Sampling(**{name: options[name] for name in names}, **more)
 
 
-def _model(config: ClientConfig) -> SwarmModel:
+def _joining(config: ClientConfig) -> Swarm:
+    """The swarm, which is joined while torch is imported."""
+    from client.swarm import Swarm
+
+    return Swarm.begin(config)
+
+
+def _model(config: ClientConfig, swarm: Swarm) -> SwarmModel:
     from client.model import SwarmModelForCausalLM
 
-    return SwarmModelForCausalLM.from_pretrained(config=config, on_event=lambda text: click.echo(f"· {text}", err=True))
+    return SwarmModelForCausalLM.from_pretrained(
+        config=config, swarm=swarm.joined(), on_event=lambda text: click.echo(f"· {text}", err=True)
+    )
 
 
 def _said(role: str, text: str) -> dict[str, str]:

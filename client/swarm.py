@@ -62,6 +62,7 @@ class Swarm:
         self._closing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._closed = False
         self._ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="potluck-swarm", daemon=True)
 
@@ -73,14 +74,28 @@ class Swarm:
             SwarmNotFound: there is none, or it does not answer.
             ConfigError: an address is malformed.
         """
-        swarm = cls(config)
-        swarm._thread.start()
+        swarm = cls.begin(config)
         try:
-            swarm._ready.result()
+            return swarm.joined()
         except BaseException:
             swarm.close()
             raise
+
+    @classmethod
+    def begin(cls, config: ClientConfig) -> Swarm:
+        """As `connect`, without waiting: of use once it has `joined`, to be closed in any case."""
+        swarm = cls(config)
+        swarm._thread.start()
         return swarm
+
+    def joined(self) -> Swarm:
+        """Itself, in the swarm. Waits.
+
+        Raises:
+            As `connect`.
+        """
+        self._ready.result()
+        return self
 
     # ------------------------------------------------------------------ for blocking callers
 
@@ -112,7 +127,9 @@ class Swarm:
         self.call_soon(partial(self._begin_close, session))
 
     def close(self) -> None:
-        """Leaves the swarm: ends sessions' streams, the DHT node and the thread."""
+        """Leaves the swarm: ends sessions' streams, the DHT node and the thread. Should it still be joining, waits for
+        that first."""
+        self._closed = True
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
         if self._thread.is_alive():
@@ -205,6 +222,8 @@ class Swarm:
         async with open_node(base, None, located.maddrs) as node, reading(node) as reader:
             self._reader = reader
             self._loop = asyncio.get_running_loop()
+            if self._closed:  # looked at only now, when `close` can see the loop
+                self._stop.set()
             self._ready.set_result(None)
             async with background(self._pinger.run(), "pinger"), background(self._tidy(), "channels"):
                 await self._stop.wait()
