@@ -46,6 +46,14 @@ def test_the_list_of_verbs_imports_no_verb() -> None:
     assert all(f"  {name} " in shown for name in VERBS)
 
 
+@pytest.mark.parametrize(
+    "module", ["client.status", "client.swarm", "dashboard.server", "dht.bootstrap", "peer.server"]
+)
+def test_a_swarm_is_joined_without_torch(module: str) -> None:
+    loaded, _ = heavy_after(f"import {module}")
+    assert not {"torch", "transformers", "numpy", "tensor_codecs"} & {*loaded}, loaded
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_has_help(name: str) -> None:
     result = CliRunner().invoke(main, [name, "--help"])
