@@ -29,7 +29,7 @@ def main(verbose: int) -> None:
 def bootstrap(**flags: Any) -> None:
     """Run a node for others to join through. Its address stays the same over restarts."""
     config = load(DhtConfig, flags, section="dht")
-    ports.bind(config.host, config.port)  # mistakes are told before hivemind is imported, which takes seconds
+    ports.bind(config.host, config.port)  # mistakes are told before hivemind is imported
     for text in config.join:
         Maddr.require(text)
     read_join_token(config.join_token)
@@ -38,7 +38,7 @@ def bootstrap(**flags: Any) -> None:
 
 
 async def _until_signal(config: DhtConfig) -> None:
-    from dht.bootstrap import run_bootstrap  # imports hivemind: slow, so only when it is needed
+    from dht.bootstrap import run_bootstrap  # imports hivemind, which only this verb needs
     from dht.node import SwarmNode
 
     def show(node: SwarmNode) -> None:

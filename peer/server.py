@@ -58,10 +58,10 @@ async def open_peer(
     """
     entry = await asyncio.to_thread(Entry.read, dht_config.join_token, config.allow, config.deny)
     async with AsyncExitStack() as stack:
-        identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
         preparing = asyncio.create_task(asyncio.to_thread(_prepare, config), name="preparing")
         preparing.add_done_callback(_looked_at)
         stack.callback(preparing.cancel)
+        identity = await asyncio.to_thread(stack.enter_context, claim_identity(dht_config.home_folder))
         found = await _locate(dht_config)
         node, found = await _enter_swarm(stack, dht_config, identity, found)
         say("started a new swarm" if found is None else f"joined a swarm through {found.how}")
