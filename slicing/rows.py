@@ -23,7 +23,7 @@ from torch.nn import functional
 
 TURNED_ROWS: Final = 64  # of a pass, at most, for which matrices are turned
 TRIED_ROWS: Final = 8
-TRIED_BYTES: Final = 128 << 20  # of matrices, for each way
+TRIED_BYTES: Final = 64 << 20  # of matrices, for each way: more than the caches of most processors hold
 TRIES: Final = 7
 ENOUGH_TRIES: Final = 2
 """Where one way takes less than `CLEAR` of the time of the other by then, no more are needed: peers start sooner."""
