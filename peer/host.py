@@ -35,6 +35,7 @@ from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
+from protocol.hosts import address
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
 from slicing import RaggedSpan, SpanCache, SpanModel, hasten, trouble
@@ -208,15 +209,15 @@ class SpanHost:
         )
         pb_grpc.add_PeerServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]  # generated
         wanted = [self._config.port] if self._config.port or not last_port else [last_port, 0]
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         for port in wanted:
+            at = address(self._config.host, port)
             try:
-                self.port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self.identity))
+                self.port = self._server.add_secure_port(at, server_credentials(self.identity))
                 break
             except RuntimeError as error:
                 if port == wanted[-1]:
                     raise ConfigError(
-                        f"cannot listen at {host}:{port}: is another program using it? choose another --port"
+                        f"cannot listen at {at}: is another program using it? choose another --port"
                     ) from error
         await self._server.start()
 

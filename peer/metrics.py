@@ -24,6 +24,7 @@ from peer.host import SpanHost
 from peer.standing import Standing
 from peer.tally import Histogram
 from protocol.errors import ConfigError
+from protocol.hosts import address
 from protocol.limits import WIRE_VERSION
 from slicing.paged import PAGE_TOKENS
 from tensor_codecs import dtype_name
@@ -356,11 +357,10 @@ async def serving_metrics(standing: Standing, host: str, port: int) -> AsyncIter
         server, thread = await asyncio.to_thread(start_http_server, port, host, registry)
     except OSError as error:
         raise ConfigError(
-            f"cannot serve metrics at {host}:{port}: is another program using it? choose another --metrics-port"
+            f"cannot serve metrics at {address(host, port)}: is another program using it? choose another --metrics-port"
         ) from error
     try:
-        shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{server.server_port}/metrics"
+        yield f"http://{address(host, server.server_port)}/metrics"
     finally:
         await asyncio.to_thread(server.shutdown)
         server.server_close()

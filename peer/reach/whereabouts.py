@@ -20,10 +20,11 @@ from peer.config import PeerConfig
 from peer.host import SpanHost
 from peer.reach.dialback import ask
 from peer.reach.moorings import Moorings
-from peer.reach.places import Place, address, ip
+from peer.reach.places import Place
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.tether import End
 from peer.reach.verdict import Position, helpers, settle
+from protocol.hosts import address, ip, own_host
 from protocol.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ async def announced_ips(name: str | None) -> frozenset[str] | None:
 
 def own_end(host: str, port: int) -> End:
     """Where a port of this machine is for itself, that listens at `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port  # noqa: S104
+    return own_host(host), port
 
 
 def told(position: Position, relays: Sequence[str], port: int, announce_host: str | None) -> str:
