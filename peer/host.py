@@ -23,13 +23,17 @@ from peer.compute import ComputeThread
 from peer.config import PeerConfig
 from peer.engine import Engine
 from peer.gate import Entry, Gate
+from peer.house import House
+from peer.intake import Intake
 from peer.links import Resolve, open_links
 from peer.meter import Meter
 from peer.receipts import Receipts
 from peer.scheduler import Scheduler
-from peer.service import PeerService, UnreadableAsEmpty
-from peer.session import Session, SessionTable
+from peer.service import PeerService
+from peer.session import Session
+from peer.table import SessionTable
 from peer.tally import Tally
+from peer.unreadable import UnreadableAsEmpty
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -122,16 +126,9 @@ class SpanHost:
         self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
         bytes_per_s = math.inf if config.clients_mib_s is None else config.clients_mib_s * (1 << 20)
         gate = Gate(identity.peer_id, Accounts(config.allowance, bytes_per_s), entry)
-        self.service = PeerService(
-            gate,
-            self._describe,
-            self.sessions,
-            self.engine,
-            self._compute,
-            self._max_payload_bytes(),
-            self.tally,
-            Receipts(identity),
-        )
+        intake = Intake(self.sessions, gate.accounts, self._max_payload_bytes())
+        self.house = House(gate, self.sessions, intake, self.engine, self._compute, self.tally, Receipts(identity))
+        self.service = PeerService(self.house, self._describe)
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -163,7 +160,7 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, ragged, served, identity, config, kv_tokens, entry or Entry())
         try:
-            async with open_links(resolve, host.service.refused) as host.service.links:
+            async with open_links(resolve, host.service.refused) as host.house.links:
                 await host._listen(last_port)
                 try:
                     host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())

@@ -144,8 +144,8 @@ def _kv_pages(host: SpanHost) -> dict[str, float]:
 
 
 def _received(host: SpanHost) -> dict[str, float]:
-    service = host.service
-    return {"begun": service.begun, "pushed": service.pushed, "relayed": service.relayed}
+    intake = host.house.intake
+    return {"begun": intake.begun, "pushed": intake.pushed, "relayed": intake.relayed}
 
 
 def _cpu_s() -> float:
@@ -308,7 +308,7 @@ READERS: tuple[_Reader, ...] = (
         "Steps and sessions that were refused or failed, by the error's code (see protocol/errors.py).",
         lambda host: dict(host.tally.refusals),
     ),
-    _host("gauge", "links", "Streams to peers after this one.", lambda host: len(host.service.links or ())),
+    _host("gauge", "links", "Streams to peers after this one.", lambda host: len(host.house.links or ())),
     # -- what it costs the machine
     _standing(
         "gauge",

@@ -272,7 +272,7 @@ def test_who_computes_differently_than_it_signed_is_found_by_what_it_recalls(
 def test_who_signs_something_else_than_it_said_is_given_up(
     checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receipts = peers.hosts[LIAR].service.receipts
+    receipts = peers.hosts[LIAR].house.receipts
     rest = receipts.rest
 
     async def forged(session: Any) -> Any:
@@ -289,7 +289,7 @@ def test_who_signs_something_else_than_it_said_is_given_up(
 def test_what_is_changed_on_its_way_is_noticed_at_once(
     checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    links = cast(Any, peers.hosts[0].service.links)
+    links = cast(Any, peers.hosts[0].house.links)
     push = links.push
     calls = []
 
