@@ -34,23 +34,16 @@ from protocol.messages import HIDDEN, Close, Failure, Open, Opened, Route, Step,
 from protocol.span import Span
 from tensor_codecs import codec
 from tests.harness import KnownPeers, open_host, record_of
+from tests.tiny import WIDTH
+from tests.waiting import until
 
-WIDTH = 64
 WAIT_S = 20.0
 SPAN = Span(0, 4)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(4)
 
 
 class Client:
@@ -131,15 +124,6 @@ async def clients(host: SpanHost, *tokens: JoinToken | None) -> AsyncIterator[li
     finally:
         for each in those:
             await each.known.close()
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"waited {WAIT_S:g} s in vain for {what}") from None
 
 
 def account(host: SpanHost, client: Client) -> Any:

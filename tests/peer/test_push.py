@@ -54,38 +54,22 @@ from slicing import CacheOp as SpanOp
 from slicing import SpanCache, SpanModel, load_span, resolve
 from tensor_codecs import codec, dtype_of
 from tests.harness import KnownPeers, identity, open_host, record_of
+from tests.tiny import WIDTH
+from tests.waiting import until
 
-N_BLOCKS, WIDTH = 4, 64
+N_BLOCKS = 4
 FIRST, SECOND = Span(0, 2), Span(2, 4)
 WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=N_BLOCKS, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(N_BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> SpanModel:
     return load_span(resolve(str(checkpoint)), Span(0, N_BLOCKS), dtype=torch.float32)
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    """Waits for a condition."""
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"waited {WAIT_S:g} s in vain for {what}") from None
 
 
 class Visit:
