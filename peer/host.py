@@ -23,6 +23,7 @@ from peer.compute import ComputeThread
 from peer.config import PeerConfig
 from peer.engine import Engine
 from peer.gate import Entry, Gate
+from peer.gauge import Gauge, probe_kv_bytes
 from peer.house import House
 from peer.intake import Intake
 from peer.links import Resolve, open_links
@@ -42,17 +43,12 @@ from protocol.errors import ConfigError
 from protocol.hosts import address
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import RaggedSpan, SpanCache, SpanModel, hasten, trouble
+from slicing import RaggedSpan, SpanModel, hasten, trouble
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0  # between two looks for sessions to reclaim
-PROBE_TOKENS = 8
-MEASURED_STEPS = 5
-IDLE_S = 30.0  # without a step; then the speed is measured anew
-IDLE_LOOK_S = 5.0
-IDLE_STEPS = 3
 DRAIN_LOOK_S = 0.1
 HANDED_OVER_S = 3.0  # a session without a step for so long has gone on elsewhere, or will when it needs to
 HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
@@ -163,11 +159,12 @@ class SpanHost:
             async with open_links(resolve, host.service.refused) as host.house.links:
                 await host._listen(last_port)
                 try:
-                    host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
+                    gauge = Gauge(model, host.engine, host._compute, host.meter)
+                    await gauge.measure()
                     async with (
                         background(host.engine.run(), "engine"),
                         background(host._sweep(), "session-sweeper"),
-                        background(host._measure_when_idle(), "idle-measurement"),
+                        background(gauge.run(), "idle-measurement"),
                     ):
                         yield host
                 finally:
@@ -232,26 +229,6 @@ class SpanHost:
                 ended, read = self.sessions.ended, self.tally.computed["prefill"]
                 await asyncio.to_thread(memory.give_back)
 
-    async def _measure_when_idle(self) -> None:
-        while True:
-            await asyncio.sleep(IDLE_LOOK_S)
-            if self.meter.idle_s(time.monotonic()) >= IDLE_S and not self._busy:
-                self.meter.measured(await self._measure(IDLE_STEPS), time.monotonic())
-
-    async def _measure(self, steps: int) -> float:
-        """Milliseconds of a one-token step through the whole span, the best of a few. Gives way to others' steps."""
-        cache = self.model.new_cache()
-        best_ms = await self._compute.run(_step_ms, self.model, cache)
-        for _ in range(steps - 1):
-            if self._busy:
-                break
-            best_ms = min(best_ms, await self._compute.run(_step_ms, self.model, cache))
-        return best_ms
-
-    @property
-    def _busy(self) -> bool:
-        return self.engine.queued > 0 or self._compute.queued > 0
-
     def _max_payload_bytes(self) -> int:
         bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
         return min(PAYLOAD_BYTES, int(self._config.max_step_tokens * bytes_per_token) + MESSAGE_BYTES)
@@ -290,18 +267,3 @@ def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
         logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
         return None
     return RaggedSpan(model)
-
-
-def probe_kv_bytes(model: SpanModel) -> int:
-    """Bytes of cache per token over the whole span, by running a few tokens."""
-    cache = model.new_cache()
-    hidden, extras = model.example_inputs(PROBE_TOKENS)
-    model.step(hidden, cache, extras=extras)
-    return max(1, cache.nbytes() // PROBE_TOKENS)
-
-
-def _step_ms(model: SpanModel, cache: SpanCache) -> float:
-    hidden, extras = model.example_inputs(1)
-    started_s = time.perf_counter()
-    model.step(hidden, cache, extras=extras).cpu()  # a GPU has only been given its orders before
-    return (time.perf_counter() - started_s) * 1e3
