@@ -25,8 +25,10 @@ from client.chain import Link, choose_chain
 from client.config import ClientConfig
 from client.hop import Hop
 from client.ledger import is_cropped, is_input, wrong_outputs
-from client.open_chain import OpenChain, Peers, SessionSpec
+from client.open_chain import OpenChain
+from client.peers import Peers
 from client.shadow import Shadow, hidden_of
+from client.spec import SessionSpec
 from client.tolerance import Kind, bound, distances
 from client.verdict import Distance, judge
 from protocol.errors import BlocksMissing, Doubted, PotluckError, SessionLost

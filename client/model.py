@@ -18,9 +18,9 @@ from client.chain import Link
 from client.config import ClientConfig
 from client.corrections import MOST, Seed, Tracked
 from client.lm_head import SharedHead
-from client.open_chain import SessionStats
 from client.remote import Plan, RemoteBlocks
 from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
+from client.stats import SessionStats
 from client.swarm import Swarm
 from client.trace import Trace
 from client.window import Window

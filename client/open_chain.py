@@ -13,10 +13,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
-
-import grpc
+from dataclasses import replace
 
 from client.blame import Blame
 from client.chain import Link, choose_chain
@@ -26,11 +23,13 @@ from client.costs import HOP_MS, block_times_ms, ways_ms
 from client.deadline import SHARED
 from client.hop import Hop, Inbox
 from client.inquest import Report
+from client.loss import ChainBroken, Loss
+from client.peers import Peers
 from client.recovery import lacking, to_renew
-from client.times import Stopwatch, Times
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.trace import Recorder
 from client.trial import Trial
-from dht.record import PeerRecord
 from protocol.errors import (
     BlocksMissing,
     PeerError,
@@ -50,79 +49,6 @@ logger = logging.getLogger(__name__)
 
 QUIET_S = 0.3  # so long a hop may be silent, though others have answered; or longer, where round trips are
 QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
-
-
-class Peers(Protocol):
-    """What a session needs of the swarm."""
-
-    def peers(self) -> Sequence[PeerRecord]:
-        """The model's peers, as last seen."""
-
-    async def refresh(self) -> None:
-        """Looks again, now."""
-
-    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """A channel to the peer, pinned to its certificate."""
-
-    def cuts(self) -> tuple[int, ...] | None:
-        """The blocks before which the model may be cut; None: anywhere."""
-
-    def times(self) -> Times:
-        """What this client has measured of the peers."""
-
-    def signed(self, request: Open, peer: PeerRecord) -> Open:
-        """The request, as this peer takes it from this client."""
-
-    @property
-    def stopwatch(self) -> Stopwatch:
-        """To be told of their replies."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSpec:
-    """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known).
-
-    `batch` and `max_tokens` are reserved on each peer.
-    """
-
-    fingerprint: str
-    n_blocks: int
-    codec: str = "none"  # of results; inputs come encoded
-    batch: int = 1
-    max_tokens: int = 0
-    stateless: bool = False
-
-
-@dataclass(slots=True)
-class SessionStats:
-    """What happened to a session so far."""
-
-    steps: int = 0
-    tokens: int = 0  # rows x tokens sent through the chain, replays not counted
-    replayed_tokens: int = 0  # that the client itself sent again
-    relayed: int = 0  # steps that the client carried from one hop to the next
-    reroutes: int = 0  # hops that were replaced
-    busy_s: float = 0.0  # in steps, recoveries counted
-    compute_s: float = 0.0  # of these, what the peers computed, as they say
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A hop that failed. `resumable`: perhaps only the connection did."""
-
-    hop: Hop
-    error: PotluckError
-    resumable: bool = False
-
-
-class ChainBroken(Exception):
-    """Hops of the chain failed."""
-
-    def __init__(self, *losses: Loss) -> None:
-        super().__init__(str(losses[0].error))
-        self.losses = losses
 
 
 class OpenChain:

@@ -22,8 +22,9 @@ from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
 from client.chunks import LEAST_TOKENS, HopCost, chunk_tokens
 from client.config import ClientConfig
-from client.open_chain import SessionSpec, SessionStats
 from client.session import Session
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.swarm import ModelPeers, Swarm
 from client.times import Times
 from client.trace import Recorder

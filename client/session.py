@@ -26,7 +26,11 @@ from client.config import ClientConfig
 from client.deadline import StepTimes
 from client.hop import Hop
 from client.ledger import broken_edge
-from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
+from client.loss import ChainBroken, Loss
+from client.open_chain import OpenChain
+from client.peers import Peers
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError

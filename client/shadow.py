@@ -17,7 +17,8 @@ from torch import Tensor
 
 from client.chain import Link
 from client.hop import Hop, Inbox
-from client.open_chain import Peers, SessionSpec
+from client.peers import Peers
+from client.spec import SessionSpec
 from client.tolerance import Kind, bound
 from protocol.errors import PeerFault, PeerLost, PotluckError, SessionLost, WireError
 from protocol.journal import Entry, Journal

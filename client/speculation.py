@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from client.ngrams import Match, NgramIndex
-from client.open_chain import SessionStats
+from client.stats import SessionStats
 from client.window import MODEL, MOST_GUESSES, Window, kind_of
 from slicing import RemoteCache
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from client.chain import Link
+from client.stats import SessionStats
 from protocol.mean import smoothed
 from protocol.messages import HopTrace
 from protocol.span import Span
 
 if TYPE_CHECKING:
-    from client.open_chain import SessionStats
     from client.session import Session
 
 MAX_EVENTS = 256  # the last ones are kept

@@ -13,7 +13,9 @@ from client.blame import Blame
 from client.config import ClientConfig
 from client.hop import Hop
 from client.inquest import Report
-from client.open_chain import QUIET_S, OpenChain, SessionSpec, SessionStats
+from client.open_chain import QUIET_S, OpenChain
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.times import Times
 from protocol.errors import PeerLost
 from protocol.messages import Progress

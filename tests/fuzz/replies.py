@@ -23,10 +23,12 @@ from client.chain import Link
 from client.config import ClientConfig
 from client.hop import Hop, Inbox
 from client.inquest import judge, signs_of_life
-from client.open_chain import ChainBroken, SessionSpec, SessionStats
+from client.loss import ChainBroken
 from client.recovery import to_renew
 from client.remote import _decoded
 from client.session import Session
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.times import Stopwatch
 from client.trace import Recorder
 from dht.record import PeerRecord
