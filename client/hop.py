@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import grpc
 from client.chain import Link
 from client.inquest import Report
 from client.ledger import Ledger
+from client.spec import SessionSpec
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import peer_error
 from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost, PotluckError, SessionLost, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.journal import Entry
-from protocol.limits import MAX_COUNT, PAYLOAD_BYTES, SESSION_ID_BYTES
+from protocol.limits import EDGE_BYTES, MAX_COUNT, PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, StepResult
 from protocol.receipts import Receipt
 
@@ -73,7 +75,8 @@ class Inbox(asyncio.Queue[Heard]):
 
 
 class Hop:
-    """A session's stream to one peer. `attach` first, again after an error or for a new epoch; then `route` and `send`.
+    """A session's stream to one peer. First its `opening` to `attach`, again after an error or for a new epoch; then
+    `route` and `send`.
 
     What comes back goes to `inbox`. Every error is a `PotluckError` that names the peer.
 
@@ -101,6 +104,22 @@ class Hop:
         self._inbox = inbox
         self._stream: _Stream | None = None
         self._opened: asyncio.Future[Opened] | None = None
+
+    def opening(self, spec: SessionSpec, epoch: int) -> Open:
+        """The request to open the session there, or to take it up again; with a new token for the edge to this hop."""
+        self.edge = secrets.token_bytes(EDGE_BYTES)
+        return Open(
+            self.session_id,
+            epoch,
+            spec.fingerprint,
+            self.link.span,
+            spec.codec,
+            spec.batch,
+            spec.max_tokens,
+            resume=self.begun,
+            stateless=spec.stateless,
+            edge=self.edge,
+        )
 
     async def attach(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
         """Opens the session on the peer, or takes it up again: on the living stream, else on a new one.

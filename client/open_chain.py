@@ -9,18 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import secrets
-import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from client.blame import Blame
 from client.chain import Link, choose_chain
-from client.chunks import HopCost
 from client.config import ClientConfig
-from client.costs import HOP_MS, block_times_ms, ways_ms
-from client.deadline import SHARED
+from client.costs import ways_ms
 from client.hop import Hop, Inbox
 from client.inquest import Report
 from client.loss import ChainBroken, Loss
@@ -40,15 +36,12 @@ from protocol.errors import (
     SessionLost,
     WireError,
 )
-from protocol.journal import Entry, StepLog
-from protocol.limits import EDGE_BYTES, SESSION_ID_BYTES
-from protocol.messages import Open, Opened, Progress, Route, Step
+from protocol.journal import StepLog
+from protocol.limits import SESSION_ID_BYTES
+from protocol.messages import Opened, Progress, Route, Step
 from protocol.span import Span, missing_spans
 
 logger = logging.getLogger(__name__)
-
-QUIET_S = 0.3  # so long a hop may be silent, though others have answered; or longer, where round trips are
-QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
 
 
 class OpenChain:
@@ -110,31 +103,6 @@ class OpenChain:
             self._cut(hop, following, why)
         self._stats.relayed += 1
         await self.send(following, replace(step, epoch=self.epoch))
-
-    async def reports(self, timeout_s: float, slack_s: float = 0.0) -> list[Report]:
-        """How far each hop is, by its own word. All are asked at once: once others have answered, one that is silent is
-        given no more than a few times as long.
-
-        Args:
-            slack_s: what lines that are busy with a large step may add.
-        """
-        rtts_ms, began_s = self._peers.times().rtts_ms, time.monotonic()
-        asked = {asyncio.ensure_future(hop.progress(timeout_s + slack_s)): hop for hop in self.hops}
-        silent, answered_s = set(asked), math.inf
-        try:
-            while silent:
-                slowest_s = max(rtts_ms.get(asked[each].link.peer.peer_id, 0.0) / 1e3 for each in silent)
-                allowed_s = min(timeout_s, max(QUIET_S, QUIET_FACTOR * max(slowest_s, answered_s)))
-                left_s = None if answered_s == math.inf else began_s + allowed_s + slack_s - time.monotonic()
-                done, silent = await asyncio.wait(silent, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    break
-                if any(isinstance(each.result(), Progress) for each in done):
-                    answered_s = time.monotonic() - began_s
-        finally:
-            for each in silent:
-                each.cancel()
-        return [hop.silent() if each in silent else each.result() for each, hop in asked.items()]
 
     # ------------------------------------------------------------------ edges that are cut
 
@@ -342,20 +310,8 @@ class OpenChain:
 
     async def _attach(self, hop: Hop) -> Opened | PotluckError:
         """Opens the session on the hop's peer, or takes it up there. An error is a value, so that all are heard."""
-        hop.edge, hop.relayed = secrets.token_bytes(EDGE_BYTES), False
-        spec = self._spec
-        request = Open(
-            hop.session_id,
-            self.epoch,
-            spec.fingerprint,
-            hop.link.span,
-            spec.codec,
-            spec.batch,
-            spec.max_tokens,
-            resume=hop.begun,
-            stateless=spec.stateless,
-            edge=hop.edge,
-        )
+        request = hop.opening(self._spec, self.epoch)
+        hop.relayed = False
         patience_s = self._config.step_timeout_s if hop.begun else self._config.open_timeout_s
         try:
             signed = self._peers.signed(request, hop.link.peer)
@@ -388,52 +344,11 @@ class OpenChain:
         except PeerError as error:
             raise ChainBroken(Loss(hop, error, resumable=True)) from error
 
-    def expected_s(self) -> float:
-        """Seconds that a step of one token should take along the chain, by what is known of its peers."""
-        times, total_ms = self._peers.times(), 0.0
-        for hop in self.hops:
-            peer, blocks = hop.link.peer, len(hop.link.span)
-            said_ms = (peer.step_ms or 0.0) * blocks / len(peer.span) + (peer.queue_ms or 0.0)
-            total_ms += times.expected_ms(peer.peer_id, blocks, 1) or said_ms
-            total_ms += times.rtts_ms.get(peer.peer_id, 0.0)
-        return total_ms / 1e3
-
-    def costs(self) -> tuple[HopCost, ...]:
-        """What the hops should take for chunks of a prompt, by what is known of their peers."""
-        times, peers = self._peers.times(), [hop.link.peer for hop in self.hops]
-        costs = []
-        for hop, block_ms in zip(self.hops, block_times_ms(peers, times, 1), strict=True):
-            token_ms = times.of(hop.link.peer.peer_id).token_ms
-            blocks = len(hop.link.span)
-            costs.append(
-                HopCost(
-                    HOP_MS + blocks * block_ms,
-                    blocks * (block_ms / SHARED if token_ms is None else token_ms),
-                    hop.link.peer.device or hop.link.peer.peer_id,
-                )
-            )
-        return tuple(costs)
-
     def _show(self) -> None:
         """Which hops answer now, for the record."""
         peers = [hop.link.peer for hop in self.hops]
         ways = ways_ms(peers, self._peers.times(), self._blame.cut_edges())
         self._record.chain(self.links, ways, [hop.relayed for hop in self.hops])
-
-    def note(self, entry: Entry, result: Step) -> None:
-        """What the peers said of a step's cost, for routes to come."""
-        by_start = {hop.link.span.start: hop.link for hop in self.hops}
-        for cost in result.trace:
-            self._stats.compute_s += cost.compute_ms / 1e3
-            if (link := by_start.get(cost.start)) is not None:
-                self._peers.stopwatch.note(
-                    link.peer.peer_id,
-                    len(link.span),
-                    entry.tokens,
-                    cost.compute_ms,
-                    cost.queue_ms,
-                    cost.kv_tokens_left,
-                )
 
 
 def _as_missing(error: PotluckError, wanted: Span) -> PotluckError:

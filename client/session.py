@@ -2,8 +2,8 @@
 
 The life of a step, top to bottom: `run` sends the input to the first hop; the peers push it from one to the next; the
 last one's result ends it. The chunks of a prompt follow one another without waiting for results. Where a hop fails, the
-chain is mended and goes on with the same steps (`client.open_chain`). Where nothing comes in time, `_inquire` asks the
-hops where the step is (`client.inquest`).
+chain is mended and goes on with the same steps (`client.open_chain`). Where nothing comes in time, the hops are
+asked where the step is (`client.inquiry`).
 
 Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
 """
@@ -17,14 +17,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from client import inquest
 from client.audit import Auditor
 from client.blame import Blame
 from client.chain import Link
 from client.chunks import HopCost
 from client.config import ClientConfig
 from client.deadline import StepTimes
+from client.forecast import expected_s, hop_costs, learn
 from client.hop import Hop
+from client.inquiry import ASK_AGAIN_S, Inquiry
 from client.ledger import broken_edge
 from client.loss import ChainBroken, Loss
 from client.open_chain import OpenChain
@@ -41,12 +42,6 @@ from protocol.receipts import digest
 from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
-
-ASK_AGAIN_S = 0.3  # after trouble in the same step, once something was done about it
-STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
-BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
-SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
-BUSY_FACTOR = 4.0  # of `step_timeout_s`: for so long a step may move on and never come
 
 
 class Session:
@@ -71,6 +66,7 @@ class Session:
         self.spec = spec
         self.stats = SessionStats()
         self.record = Recorder(spec.n_blocks, self.stats)
+        self._peers = peers
         self._on_event = on_event
         self._config = config
         self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
@@ -142,7 +138,7 @@ class Session:
             except BaseException:
                 self._chain.forsake()
                 raise
-            return self._chain.costs()
+            return hop_costs(self._chain.links, self._peers.times())
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -181,10 +177,14 @@ class Session:
             took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
             self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
             if is_alone:  # others wait for those before them, which says nothing of the chain
-                chain.note(first, result.step)
+                self._learn(first, result.step)
                 if not trial.disturbed:
                     self._times.note(first.tokens, time.monotonic() - started_s)
             return result
+
+    def _learn(self, entry: Entry, result: Step) -> None:
+        self.stats.compute_s += sum(cost.compute_ms for cost in result.trace) / 1e3
+        learn(self._chain.links, entry.tokens, result.trace, self._peers.stopwatch)
 
     def _tell(self, what: str) -> None:
         self.record.event(what)
@@ -192,11 +192,11 @@ class Session:
 
     async def _mend(self, step_id: int, trial: Trial) -> None:
         await self._chain.mend(self._log, step_id, trial)
-        self._times.prior_s = self._chain.expected_s()
+        self._times.prior_s = expected_s(self._chain.links, self._peers.times())
 
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
-        chain, late = self._chain, _Late()
+        chain, inquiry = self._chain, Inquiry(entry, self._chain, self._peers, self._config)
         timeout_s = self._times.allowance_s(entry.tokens)
         if trial.disturbed:  # trouble seldom comes alone, and to ask costs little
             timeout_s = min(timeout_s, ASK_AGAIN_S)
@@ -206,7 +206,7 @@ class Session:
                     heard = await chain.inbox.get()
             except TimeoutError:
                 trial.disturbed = True
-                timeout_s = await self._inquire(entry, late)
+                timeout_s = await inquiry.look()
                 continue
             hop, what = heard.hop, heard.what
             if hop not in chain.hops or isinstance(what, Notice):
@@ -250,32 +250,6 @@ class Session:
         # told from one case.
         index = self._chain.hops.index(hop)
         return ChainBroken(*(Loss(suspect, error) for suspect in self._chain.hops[max(0, index - 1) : index + 1]))
-
-    async def _inquire(self, entry: Entry, late: _Late) -> float:
-        """The step is late: asks all hops where it is. Returns after how many seconds to ask again.
-
-        Raises:
-            ChainBroken: hops are silent, or have been at it for too long.
-        """
-        chain, slack_s = self._chain, entry.nbytes / SLOWEST_BYTES_PER_S
-        reports = await chain.reports(self._config.probe_timeout_s, slack_s)
-        verdict = inquest.judge(reports, entry.step_id)
-        silent = [(chain.hops[i], reports[i]) for i in verdict.lost]
-        if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:
-            raise ChainBroken(*losses)
-        late.look(inquest.signs_of_life(reports, verdict))
-        for_ever_s = BUSY_FACTOR * self._config.step_timeout_s + slack_s
-        if verdict.busy is not None:
-            hop = chain.hops[verdict.busy]
-            if late.lasts_s > self._config.step_timeout_s or late.total_s > for_ever_s:
-                raise ChainBroken(Loss(hop, PeerLost(f"{hop.name} has been at one step for {late.total_s:.0f} s")))
-            return _between(verdict.expected_s, *BUSY_LOOK_S)
-        assert verdict.stuck is not None
-        if late.lasts_s < STUCK_S + slack_s and late.total_s < for_ever_s:
-            return STUCK_S
-        chain.unblock(verdict.stuck, reports)
-        late.forget()
-        return ASK_AGAIN_S
 
     def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
         """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked,
@@ -348,34 +322,3 @@ class _Flight:
             return None
         self.sent += 1
         return self.steps[self.sent - 1]
-
-
-class _Late:
-    """What inquests about one step found so far."""
-
-    def __init__(self) -> None:
-        self._seen: object = None
-        self._first_s = self._since_s = time.monotonic()
-
-    def look(self, signs: object) -> None:
-        """Notes whether anything has changed since the last look."""
-        if signs != self._seen:
-            self._seen, self._since_s = signs, time.monotonic()
-
-    def forget(self) -> None:
-        """Something was done about it."""
-        self._seen = None
-
-    @property
-    def lasts_s(self) -> float:
-        """For how long nothing has changed."""
-        return time.monotonic() - self._since_s
-
-    @property
-    def total_s(self) -> float:
-        """Since the first question."""
-        return time.monotonic() - self._first_s
-
-
-def _between(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)
