@@ -64,6 +64,11 @@ class Inbox(asyncio.Queue[Heard]):
         if fits and self.qsize() < MAX_HEARD:
             self.put_nowait(heard)
 
+    def clear(self) -> None:
+        """Forgets all of it."""
+        while not self.empty():
+            self.get_nowait()
+
     def _put(self, item: Heard) -> None:
         self._nbytes += item.nbytes
         super()._put(item)

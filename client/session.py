@@ -2,8 +2,8 @@
 
 The life of a step, top to bottom: `run` sends the input to the first hop; the peers push it from one to the next; the
 last one's result ends it. The chunks of a prompt follow one another without waiting for results. Where a hop fails, the
-chain is mended and goes on with the same steps (`client.open_chain`). Where nothing comes in time, the hops are
-asked where the step is (`client.inquiry`).
+chain is mended and goes on with the same steps (`client.mender`). Where nothing comes in time, the hops are asked where
+the step is (`client.inquiry`).
 
 Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
 """
@@ -28,13 +28,14 @@ from client.hop import Hop
 from client.inquiry import ASK_AGAIN_S, Inquiry
 from client.ledger import broken_edge
 from client.loss import ChainBroken, Loss
+from client.mender import Mender
 from client.open_chain import OpenChain
 from client.peers import Peers
 from client.spec import SessionSpec
 from client.stats import SessionStats
 from client.trace import Recorder
 from client.trial import Patience, Trial
-from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
+from protocol.errors import PeerFault, PotluckError, WireError
 from protocol.journal import Entry, StepLog
 from protocol.limits import IN_FLIGHT
 from protocol.messages import HIDDEN, Notice, Step, StepResult
@@ -69,8 +70,9 @@ class Session:
         self._peers = peers
         self._on_event = on_event
         self._config = config
-        self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
+        self._chain = OpenChain(peers, blame, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
+        self._mender = Mender(self._chain, self._log, spec, peers, blame, config, self.stats, self._tell)
         self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell)
         self._times = StepTimes()
         self._step_id = 0
@@ -109,7 +111,7 @@ class Session:
         started_s = time.perf_counter()
         async with self._turn():
             flight = _Flight([replace(entry, step_id=self._step_id + i) for i, entry in enumerate(entries)])
-            self._chain.release_leavers()
+            self._mender.release_leavers()
             try:
                 results = [await self._next_result(flight) for _ in entries]
             except BaseException:
@@ -134,7 +136,7 @@ class Session:
                     try:
                         await self._mend(self._step_id, trial)
                     except ChainBroken as broken:
-                        await trial.again(self._chain.give_up(broken.losses, trial))
+                        await trial.again(self._mender.give_up(broken.losses, trial))
             except BaseException:
                 self._chain.forsake()
                 raise
@@ -170,7 +172,7 @@ class Session:
                     await chain.send(chain.hops[0], ahead.step(chain.epoch))
                 result = await self._result(first, trial)
             except ChainBroken as broken:
-                await trial.again(chain.give_up(broken.losses, trial))
+                await trial.again(self._mender.give_up(broken.losses, trial))
                 continue
             flight.done += 1
             is_timed = is_alone and not trial.disturbed
@@ -191,7 +193,7 @@ class Session:
         self._on_event(what)
 
     async def _mend(self, step_id: int, trial: Trial) -> None:
-        await self._chain.mend(self._log, step_id, trial)
+        await self._mender.mend(step_id, trial)
         self._times.prior_s = expected_s(self._chain.links, self._peers.times())
 
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
@@ -212,7 +214,7 @@ class Session:
             if hop not in chain.hops or isinstance(what, Notice):
                 continue
             if isinstance(what, PotluckError):
-                raise self._failure(hop, what, trial)
+                raise self._mender.diagnose(hop, what, trial)
             if what.step.epoch != chain.epoch:
                 continue
             if hop is not chain.hops[-1]:
@@ -233,23 +235,7 @@ class Session:
         self.stats.bytes_sent = sum(hop.bytes_sent for hop in self._chain.hops)
         self.stats.bytes_received = sum(hop.bytes_received for hop in self._chain.hops)
 
-    # ------------------------------------------------------------------ when something is wrong
-
-    def _failure(self, hop: Hop, error: PotluckError, trial: Trial) -> ChainBroken | PotluckError:
-        """What an error that a hop reported means for the chain."""
-        if isinstance(error, StaleEpoch):
-            return ChainBroken(Loss(hop, error, resumable=True))
-        if isinstance(error, PeerError):
-            return ChainBroken(Loss(hop, error, resumable=isinstance(error, PeerLost)))
-        if not isinstance(error, WireError):
-            return ChainBroken(Loss(hop, PeerFault(f"the peer said what none should: {error.message}")))
-        trial.nonsense += 1
-        if trial.nonsense > 1:
-            return error
-        # A peer found nonsense in what it was sent. Whether it, the one before it, or this client is to blame cannot be
-        # told from one case.
-        index = self._chain.hops.index(hop)
-        return ChainBroken(*(Loss(suspect, error) for suspect in self._chain.hops[max(0, index - 1) : index + 1]))
+    # ------------------------------------------------------------------ is the result what it should be
 
     def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
         """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked,
@@ -267,7 +253,7 @@ class Session:
         trace = result.step.trace
         edge = broken_edge(entry.digest(), trace, digest(result.step.position, result.step.parts()))
         if edge is not None:
-            raise ChainBroken(*self._chain.distrust(self._suspects(result.step, edge)))
+            raise self._mender.distrust(self._suspects(result.step, edge))
 
     def _suspects(self, step: Step, edge: int) -> list[int]:
         """Where those hops begin one of which lies about what went over the edge after `edge` hops."""
@@ -275,6 +261,8 @@ class Session:
         if before and after and (carried := self._carried.get((step.step_id, after[0].start))) is not None:
             return [after[0].start if carried == before[0].sent else before[0].start]  # this client has seen it itself
         return [said.start for said in (*before, *after)] or [self._chain.hops[-1].link.span.start]
+
+    # ------------------------------------------------------------------ its end
 
     def interrupt(self) -> None:
         """Cancels the pass under way, and any later one: nobody waits for their results any more."""
