@@ -19,7 +19,7 @@ from client.chain import Link
 from client.hop import Hop, Inbox
 from client.peers import Peers
 from client.spec import SessionSpec
-from client.tolerance import Kind, bound
+from client.tolerance import Kind, bound, kind_of
 from protocol.errors import PeerFault, PeerLost, PotluckError, SessionLost, WireError
 from protocol.journal import Entry, Journal
 from protocol.limits import SESSION_ID_BYTES
@@ -58,7 +58,7 @@ class Shadow:
     @property
     def kind(self) -> Kind:
         """What the peer with the coarsest numbers computes with: results are as good as the worst of them."""
-        kinds = [Kind(hop.link.peer.dtype, hop.link.peer.quantization) for hop in self._hops]
+        kinds = [kind_of(hop.link.peer) for hop in self._hops]
         return max(kinds, key=lambda kind: bound(kind, Kind("float32"), "none"))
 
     @property
