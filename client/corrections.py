@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-MOST = 3  # times an answer is begun anew; each time, peers that were found to lie are avoided
+MOST_TRIES = 3  # of one answer; each time, peers that were found to lie are avoided
 
 
 class Tracked(BaseStreamer):

@@ -28,7 +28,8 @@ from client.api.errors import Busy
 from client.api.prompts import Ids, Prompts
 from client.api.sampling import Sampling, choosers, processors
 from client.api.stops import Stops
-from client.model import GenerationSession, SwarmModel
+from client.conversation import GenerationSession
+from client.model import SwarmModel
 from client.report import emit
 from client.session import Session
 from client.trace import Trace, trace_of
