@@ -12,13 +12,14 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, TokenProb
 from client.api.delivery import beats, deliver, prob_json, usage_of
 from client.api.errors import BadRequest
 from client.api.gateway import Gateway
 from client.api.grammar import Grammar
 from client.api.orders import orders_of
 from client.api.prompts import Prompts
+from client.api.reply import Reply, Whole
 from client.api.schemas import ChatRequest, Tool, ToolChoice
 from client.api.streaming import DONE, KEEP_ALIVE, event
 from client.api.tools import ToolText, forced

@@ -12,10 +12,11 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, TokenProb
 from client.api.delivery import beats, deliver, finite, usage_of
 from client.api.gateway import Gateway
 from client.api.orders import orders_of
+from client.api.reply import Reply, Whole
 from client.api.schemas import CompletionRequest
 from client.api.streaming import DONE, KEEP_ALIVE, event
 

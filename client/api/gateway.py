@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.api.answers import Answer, Answers
+from client.api.answer import Answer
+from client.api.answers import Answers
 from client.api.config import ApiConfig
 from client.api.errors import BadRequest
 from client.api.grammar import Grammars

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from client.api import grammar
-from client.api.answers import Order
+from client.api.answer import Order
 from client.api.gateway import Gateway
 from client.api.prompts import Ids
 from client.api.sampling import sampling_of

@@ -13,12 +13,13 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Piece, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, Piece, TokenProb
 from client.api.chat import guard_of, tools_of
 from client.api.delivery import beats, deliver, prob_json
 from client.api.errors import body_of
 from client.api.gateway import Gateway
 from client.api.orders import orders_of
+from client.api.reply import Reply, Whole
 from client.api.schemas import ResponseRequest, Tool
 from client.api.streaming import KEEP_ALIVE, event
 from client.api.tools import Call, ToolText
