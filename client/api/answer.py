@@ -127,7 +127,7 @@ class Answer:
         return "cancelled" if self.is_cancelled else "failed"
 
     @property
-    def steps(self) -> Session | None:
+    def _on_peers(self) -> Session | None:
         """Its session on the peers; None before the first step and after the last one. For any thread."""
         if self._model is None or self._session is None:
             return None
@@ -136,7 +136,7 @@ class Answer:
     @property
     def trace(self) -> Trace | None:
         """What became of its steps so far; None before the first one. For any thread."""
-        session = self.steps
+        session = self._on_peers
         return self.last_trace if session is None else trace_of(session)
 
     # ------------------------------------------------------------------ called in the thread that generates
