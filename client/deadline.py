@@ -30,12 +30,12 @@ class StepTimes:
         """A step of `tokens` (per row) was through after `took_s`."""
         (self._single_s if tokens == 1 else self._per_token_s).append(took_s / tokens)
 
-    def allowance_s(self, tokens: int) -> float:
-        """Seconds to wait for a step of `tokens` before asking."""
+    def allowance_s(self, tokens: int, least_s: float = LEAST_S) -> float:
+        """Seconds to wait for a step of `tokens` before asking; never less than `least_s`."""
         single_s = _p95(self._single_s, min(self.prior_s, MOST_PRIOR_S))
         per_token_s = _p95(self._per_token_s, single_s / SHARED)
         expected_s = single_s if tokens == 1 else single_s + tokens * per_token_s
-        return max(LEAST_S, FACTOR * expected_s)
+        return max(least_s, FACTOR * expected_s)
 
 
 def _p95(times_s: deque[float], otherwise_s: float) -> float:

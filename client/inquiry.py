@@ -17,11 +17,12 @@ from client.inquest import Report
 from client.loss import ChainBroken, Loss
 from client.open_chain import OpenChain
 from client.peers import Peers
+from client.trial import Trial
 from protocol.errors import PeerLost, PotluckError
 from protocol.journal import Entry
 from protocol.messages import Progress
 
-ASK_AGAIN_S = 0.3  # after trouble in the same step, once something was done about it
+ASK_AGAIN_S = 0.3  # after trouble in the same step or the one before it, once something was done about it
 STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
 BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
 SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
@@ -33,8 +34,9 @@ QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
 class Inquiry:
     """What is found out about one step. Begins when the client begins to wait for it."""
 
-    def __init__(self, entry: Entry, chain: OpenChain, peers: Peers, config: ClientConfig) -> None:
+    def __init__(self, entry: Entry, trial: Trial, chain: OpenChain, peers: Peers, config: ClientConfig) -> None:
         self._entry = entry
+        self._trial = trial
         self._chain = chain
         self._peers = peers
         self._config = config
@@ -66,6 +68,7 @@ class Inquiry:
         if self._unchanged_s < STUCK_S + self._slack_s and self._total_s < for_ever_s:
             return STUCK_S
         self._chain.unblock(verdict.stuck, reports)
+        self._trial.mended = True
         self._seen = None  # something was done about it
         return ASK_AGAIN_S
 

@@ -103,7 +103,7 @@ class Mender:
     def give_up(self, losses: Iterable[Loss], trial: Trial) -> PotluckError:
         """Takes lost hops out of the chain, or prepares them to be resumed. Returns what to say if that goes on."""
         self._chain.is_whole = False
-        trial.disturbed = True
+        trial.disturbed = trial.mended = True
         failure: PotluckError | None = None
         for loss in losses:
             hop, error = loss.hop, loss.error

@@ -22,7 +22,7 @@ from client.blame import Blame
 from client.chain import Link
 from client.chunks import HopCost
 from client.config import ClientConfig
-from client.deadline import StepTimes
+from client.deadline import LEAST_S, StepTimes
 from client.forecast import expected_s, hop_costs, learn
 from client.hop import Hop
 from client.inquiry import ASK_AGAIN_S, Inquiry
@@ -77,6 +77,7 @@ class Session:
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
+        self._wary = False  # was the chain mended in the step before?
         self._stepping = asyncio.Lock()  # held while a step that was cancelled still tidies up
         self._passing: asyncio.Task[object] | None = None  # the task of the pass under way
         self._interrupted = False
@@ -175,6 +176,7 @@ class Session:
                 await trial.again(self._mender.give_up(broken.losses, trial))
                 continue
             flight.done += 1
+            self._wary = trial.mended
             is_timed = is_alone and not trial.disturbed
             took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
             self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
@@ -198,9 +200,10 @@ class Session:
 
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
-        chain, inquiry = self._chain, Inquiry(entry, self._chain, self._peers, self._config)
-        timeout_s = self._times.allowance_s(entry.tokens)
-        if trial.disturbed:  # trouble seldom comes alone, and to ask costs little
+        chain, inquiry = self._chain, Inquiry(entry, trial, self._chain, self._peers, self._config)
+        # Trouble seldom comes alone, and to ask costs little.
+        timeout_s = self._times.allowance_s(entry.tokens, ASK_AGAIN_S if self._wary else LEAST_S)
+        if trial.disturbed:
             timeout_s = min(timeout_s, ASK_AGAIN_S)
         while True:
             try:

@@ -51,6 +51,7 @@ class Trial:
         exhausted: all peers have been tried: time to look for others, and to wait.
         nonsense: how often a peer called what it was sent nonsense: twice is the sender's fault.
         disturbed: its time says nothing of the times to come.
+        mended: a peer, or an edge between two, was found to fail in it.
     """
 
     patience: Patience
@@ -60,6 +61,7 @@ class Trial:
     exhausted: bool = False
     nonsense: int = 0
     disturbed: bool = False
+    mended: bool = False
 
     async def again(self, failure: PotluckError) -> None:
         """Returns when the next try may begin; raises `failure` if it has gone on for too long."""

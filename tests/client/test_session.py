@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -383,6 +384,40 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
         outputs += await run(session, steps[4:], 10)
         assert session.stats.relayed == 4
         assert hosts[1].service.pushed == 5
+        assert session.stats.reroutes == 0
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
+
+
+async def test_a_second_link_that_is_cut_is_found_without_another_wait(
+    checkpoint: Path, whole: SpanModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = inputs(6)
+    async with swarm(checkpoint, "0:2", "2:4", "4:6") as (hosts, _, session, events):
+
+        def swallow(host: SpanHost) -> None:
+            """Whatever that host pushes from now on is lost on its way, and nobody says so."""
+            links = host.service.links
+            assert links is not None
+
+            def push(*_: object) -> asyncio.Future[None]:
+                written = asyncio.get_running_loop().create_future()
+                written.set_result(None)
+                return written
+
+            monkeypatch.setattr(links, "push", push)
+
+        outputs = await run(session, steps[:3])
+        swallow(hosts[1])
+        outputs += await run(session, steps[3:4], 9)
+        swallow(hosts[0])
+        monkeypatch.setattr("client.session.LEAST_S", 300.0)
+        async with asyncio.timeout(60.0):
+            outputs += await run(session, steps[4:5], 10)
+        monkeypatch.undo()
+        outputs += await run(session, steps[5:], 11)
+        assert [event.split(" go through")[0] for event in events if "go through this client" in event] == [
+            f"steps from {a.name} to {b.name}" for a, b in reversed(list(itertools.pairwise(session._chain.hops)))
+        ]
         assert session.stats.reroutes == 0
     assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
 
