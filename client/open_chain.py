@@ -15,12 +15,13 @@ from dataclasses import replace
 from client.blame import Blame, Edge
 from client.chain import Link
 from client.costs import ways_ms
-from client.hop import Hop, Inbox
+from client.hop import Hop
+from client.inbox import Inbox
 from client.inquest import Report
 from client.loss import ChainBroken, Loss
 from client.peers import Peers
+from client.recorder import Recorder
 from client.stats import SessionStats
-from client.trace import Recorder
 from protocol.errors import PeerError, PeerLost
 from protocol.limits import SESSION_ID_BYTES
 from protocol.messages import Progress, Route, Step

@@ -31,9 +31,9 @@ from client.loss import ChainBroken, Loss
 from client.mender import Mender
 from client.open_chain import OpenChain
 from client.peers import Peers
+from client.recorder import Recorder
 from client.spec import SessionSpec
 from client.stats import SessionStats
-from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerFault, PotluckError, WireError
 from protocol.journal import Entry, StepLog

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from client.chain import Link
-from client.hop import Hop, Inbox
+from client.hop import Hop
+from client.inbox import Inbox
 from client.peers import Peers
 from client.spec import SessionSpec
 from client.tolerance import Kind, bound, kind_of
