@@ -139,13 +139,7 @@ class _Completion:
         return prompt if isinstance(prompt, str) else str(self.gateway.prompts.tokenizer.decode(prompt))
 
     def _head(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.gateway.name,
-            "system_fingerprint": self.gateway.fingerprint,
-        }
+        return self.gateway.head("text_completion", self.id, self.created)
 
     def _logprobs(self, probs: Sequence[TokenProb], offset: int) -> dict[str, Any] | None:
         """`offset`: characters of the answer before these tokens."""

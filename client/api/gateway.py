@@ -44,6 +44,16 @@ class Gateway:
         """OpenAI's word for which weights and which software answered."""
         return f"fp_{self.model.blocks.fingerprint[:12]}"
 
+    def head(self, kind: str, answer_id: str, created: int) -> dict[str, Any]:
+        """What each object of an answer, or of a part of it, begins with. `created`: seconds since 1970."""
+        return {
+            "id": answer_id,
+            "object": kind,
+            "created": created,
+            "model": self.name,
+            "system_fingerprint": self.fingerprint,
+        }
+
     def check(self, request: Common) -> None:
         """Can this gateway do what all kinds of requests may ask? One that names no model means this one.
 

@@ -120,6 +120,16 @@ class ToolText:
                 yield Call(f"call_{secrets.token_hex(12)}", name, written)
 
 
+def taken_apart(text: str, tools: Collection[Tool]) -> tuple[str, tuple[Call, ...]]:
+    """A whole answer: what is text, and the calls that it makes; all is text where there are no tools."""
+    if not tools:
+        return text, ()
+    taker = ToolText(tools)
+    shown = taker.add(text)
+    rest, calls = taker.end()
+    return shown + rest, calls
+
+
 def forced(template: Template, tools: Sequence[Tool]) -> str:
     """A grammar, in llguidance's language, of one call of one of these tools and nothing else."""
     calls = [

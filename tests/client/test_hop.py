@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from client import hop as module
+from client import inbox as module
 from client.chain import Link
 from client.hop import Hop
 from client.inbox import Heard, Inbox
