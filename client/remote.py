@@ -23,11 +23,12 @@ from client.chain import Link, agreed_codec
 from client.chunks import LEAST_TOKENS, HopCost, chunk_tokens
 from client.config import ClientConfig
 from client.encoding import chunk_of, decoded, entry_of, row_axis, rows_of, wire_ops
+from client.peers import ModelPeers
 from client.recorder import Recorder
 from client.session import Session
 from client.spec import SessionSpec
 from client.stats import SessionStats
-from client.swarm import ModelPeers, Swarm
+from client.swarm import Swarm
 from client.times import Times
 from dht.record import PeerRecord
 from protocol.errors import BlocksMissing, Doubted, Implausible
