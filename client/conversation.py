@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
-from client.remote import Plan
+from client.remote import Reservation
 from slicing import RemoteCache
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class GenerationSession:
     """
 
     def __init__(self, max_tokens: int, window: int | None = None) -> None:
-        self._plan = Plan(max_tokens)
+        self._reservation = Reservation(max_tokens)
         self._window = window
         self.cache = self._new_cache()
         self.tokens: Tensor | None = None
@@ -52,7 +52,7 @@ class GenerationSession:
 
     def _new_cache(self) -> RemoteCache:
         cache = RemoteCache()
-        cache.handle = self._plan
+        cache.handle = self._reservation
         return cache
 
     def note(self, sequences: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from client.conversation import GenerationSession, max_cached
 from client.corrections import MOST_TRIES, Seed, Tracked
 from client.drafters import Draft, Drafter, Lookup, is_plain_draft, load_draft
 from client.lm_head import SharedHead
-from client.remote import Plan, RemoteBlocks
+from client.remote import RemoteBlocks, Reservation
 from client.speculation import Loop, can_speculate
 from client.stats import SessionStats
 from client.swarm import Swarm
@@ -177,7 +177,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         for cache in model_kwargs.values():
             if isinstance(cache, RemoteCache):
                 self._here.cache = cache
-                cache.handle = cache.handle or Plan(int(generation_config.max_length or 0))
+                cache.handle = cache.handle or Reservation(int(generation_config.max_length or 0))
 
     # ------------------------------------------------------------------ decoding; transformers' names, semi-private
 

@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Reservation:
     """What a cache's handle is before its session begins: tokens per row that it will hold, 0 if not known."""
 
     max_tokens: int = 0
@@ -222,7 +222,7 @@ class RemoteBlocks:
         if isinstance(cache.handle, Session):
             return cache.handle
         peers = self._swarm.peers_of(self.fingerprint)
-        max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Plan) else 0
+        max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Reservation) else 0
         session = self._new_session(peers, self._codec(peers), rows, max_tokens=max_tokens)
         if cache.handle is _INTERRUPTED:
             raise CancelledError

@@ -71,7 +71,6 @@ class Ending:
 
     reason: Reason
     tokens: int
-    stopped_by: str | None = None
 
 
 Said = tuple[int, Piece | Ending | Exception]

@@ -86,4 +86,4 @@ class Follower(StoppingCriteria):
             probs = tuple(prob for piece in self._pieces for prob in piece.probs)
             self._answer.say(Piece("".join(piece.text for piece in self._pieces), probs))
         is_stopped = self._ended or self._stops.found is not None
-        self._answer.say(Ending("stop" if is_stopped else "length", self._answer.tokens, self._stops.found))
+        self._answer.say(Ending("stop" if is_stopped else "length", self._answer.tokens))
