@@ -37,6 +37,9 @@ class GenerationSession:
         """The cache, cropped to what `input_ids` has in common with it; a new one where that cannot be.
 
         At least one token is left to be sent: `generate` needs its logits.
+
+        Args:
+            input_ids: int64 [rows, n], all tokens of the conversation so far.
         """
         kept = self.cache.n_tokens
         if self.tokens is None or self.tokens.shape[0] != input_ids.shape[0]:
@@ -56,7 +59,11 @@ class GenerationSession:
         return cache
 
     def note(self, sequences: Tensor | None) -> None:
-        """After `generate`: the peers have all of `sequences` but its last token. None: rows were moved about."""
+        """After `generate`: the peers have all of `sequences` but its last token. None: rows were moved about.
+
+        Args:
+            sequences: int64 [rows, n].
+        """
         self.tokens = sequences
         if sequences is None:
             self.cache = self._new_cache()
@@ -70,7 +77,8 @@ def _common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 def max_cached(config: PreTrainedConfig) -> int | None:
-    """From how many tokens on a cache of the model cannot be cropped, since windows and running states forget."""
+    """From how many tokens on a cache of the model cannot be cropped, since windows and running states forget; None: it
+    always can."""
     windows: list[int] = []
     for layer in DynamicCache(config=config).layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin):

@@ -281,6 +281,7 @@ class SwarmModelForCausalLM:
         Raises:
             SwarmNotFound: no swarm was named or found.
             ModelError: the model cannot be used; or none was named and the swarm has not just one.
+            ConfigError: a setting is unknown or out of range, or the draft model does not fit.
         """
         try:
             listed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}

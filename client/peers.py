@@ -55,6 +55,7 @@ class ModelPeers:
         self._planned = frozenset(planned)
 
     def peers(self) -> Sequence[PeerRecord]:
+        """Those that can be reached and speak this version of the protocol."""
         online = self._swarm.view.online(self._fingerprint)
         able = [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
         if not self._planned or self._planned & self._swarm.blame.avoided():

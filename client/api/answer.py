@@ -116,6 +116,7 @@ class Answer:
 
     @property
     def is_cancelled(self) -> bool:
+        """Does nobody want it any more? For any thread."""
         return self._cancelled.is_set()
 
     @property

@@ -34,6 +34,7 @@ class Call:
     arguments: str
 
     def as_json(self) -> dict[str, Any]:
+        """As chat completions write it."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
