@@ -53,21 +53,21 @@ class Inquiry:
         """
         hops, rtts_ms = self._chain.hops, self._peers.times().rtts_ms
         reports = await reports_of(hops, rtts_ms, self._config.probe_timeout_s, self._slack_s)
-        verdict = inquest.judge(reports, self._entry.step_id)
-        silent = [(hops[i], reports[i]) for i in verdict.lost]
+        finding = inquest.judge(reports, self._entry.step_id)
+        silent = [(hops[i], reports[i]) for i in finding.lost]
         if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:
             raise ChainBroken(*losses)
-        self._note(inquest.signs_of_life(reports, verdict))
+        self._note(inquest.signs_of_life(reports, finding))
         for_ever_s = BUSY_FACTOR * self._config.step_timeout_s + self._slack_s
-        if verdict.busy is not None:
-            hop = hops[verdict.busy]
+        if finding.busy is not None:
+            hop = hops[finding.busy]
             if self._unchanged_s > self._config.step_timeout_s or self._total_s > for_ever_s:
                 raise ChainBroken(Loss(hop, PeerLost(f"{hop.name} has been at one step for {self._total_s:.0f} s")))
-            return _between(verdict.expected_s, *BUSY_LOOK_S)
-        assert verdict.stuck is not None
+            return _between(finding.expected_s, *BUSY_LOOK_S)
+        assert finding.stuck is not None
         if self._unchanged_s < STUCK_S + self._slack_s and self._total_s < for_ever_s:
             return STUCK_S
-        self._chain.unblock(verdict.stuck, reports)
+        self._chain.unblock(finding.stuck, reports)
         self._trial.mended = True
         self._seen = None  # something was done about it
         return ASK_AGAIN_S
