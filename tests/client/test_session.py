@@ -16,8 +16,8 @@ from torch import Tensor
 
 from client.blame import Blame
 from client.config import ClientConfig
-from client.open_chain import SessionSpec
 from client.session import Session
+from client.spec import SessionSpec
 from client.trace import trace_of
 from dht.record import PeerRecord
 from peer.host import SpanHost
