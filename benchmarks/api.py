@@ -7,20 +7,20 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from benchmarks.arena import READY_S, START_TOGETHER_S, Arena, MeasurementFailed, Process, Subject, arena, prompt, spans
-from benchmarks.concurrency import Load
+from benchmarks.loads import Load, Loads, table
 from benchmarks.models import SHAPES, with_tokenizer
-from benchmarks.result import Bar, Curve, Plot, Result, Table
-from benchmarks.timing import Answer, Spread
+from benchmarks.result import Bar, Plot, Result
+from benchmarks.timing import Answer
 from peer.loading import multiplies_bfloat16
 
 PROMPT_TOKENS = 8
 AT = 8  # requests, for which the bars are
 OVER_ONE = {"float32": 3.5, "bfloat16": 4.0}
 LOOK_S = 0.2
+CLIENT, UNSPLIT = "1 client", "unsplit"
 
 NOTES = """\
 `{model}`, greedy, prompts of {prompt} tokens, {new} new ones, streamed by `/v1/completions` of one `client api` in
@@ -28,27 +28,6 @@ front of one peer, all asked for in the same moment; who asks shares the cores w
 time from the first question to the last token. Peer and head compute in the number format that is named.
 *1 client* is `generate` in a process without HTTP.
 """
-
-
-@dataclass(slots=True)
-class Setting:
-    """One API process under rising load. `unsplit`, `client`: single streams of these, between its rounds."""
-
-    dtype: str
-    unsplit: list[Answer] = field(default_factory=list)
-    client: list[Answer] = field(default_factory=list)
-    loads: dict[int, Load] = field(default_factory=dict)
-
-    def total(self, requests: int) -> float:
-        return Spread.of(self.loads[requests].totals).median
-
-    @property
-    def unsplit_tokens_per_s(self) -> float:
-        return Spread.of(answer.tokens_per_s for answer in self.unsplit).median
-
-    @property
-    def client_tokens_per_s(self) -> float:
-        return Spread.of(answer.tokens_per_s for answer in self.client).median
 
 
 class Api(Process):
@@ -100,9 +79,13 @@ class Api(Process):
         return Answer(started_s, tuple(stamps_s), (0,) * new, (), new)
 
 
-def setting(model: str, dtype: str, numbers: tuple[int, ...], new: int, repeats: int) -> Setting:
-    """Measures one API process; in each round every number of requests has a turn, and the two single streams."""
-    folder, found = str(with_tokenizer(model)), Setting(dtype, loads={n: Load() for n in numbers})
+def setting(model: str, dtype: str, numbers: tuple[int, ...], new: int, repeats: int) -> Loads:
+    """Measures one API process; in each round every number of requests has a turn, and the two single streams.
+
+    It is named for its number format.
+    """
+    folder = str(with_tokenizer(model))
+    found = Loads(dtype, {CLIENT: [], UNSPLIT: []}, {n: Load() for n in numbers})
     with arena() as place:
         unsplit = place.unsplit(folder)
         place.peers(folder, spans(SHAPES[model].layers, 1), "--dtype", dtype)
@@ -111,8 +94,8 @@ def setting(model: str, dtype: str, numbers: tuple[int, ...], new: int, repeats:
         prompts = [prompt(PROMPT_TOKENS, seed) for seed in range(max(numbers))]
         _warm(unsplit, client, api, prompts)
         for _ in range(repeats):
-            found.unsplit.append(unsplit.generate(prompts[0], new))
-            found.client.append(client.generate(prompts[0], new))
+            found.alone[UNSPLIT].append(unsplit.generate(prompts[0], new))
+            found.alone[CLIENT].append(client.generate(prompts[0], new))
             for n in numbers:
                 found.loads[n].rounds.append(api.together(prompts[:n], new))
     return found
@@ -124,14 +107,14 @@ def _warm(unsplit: Subject, client: Subject, api: Api, prompts: Sequence[Sequenc
     api.together(prompts, 4)
 
 
-def bars_of(found: Setting) -> list[Bar]:
+def bars_of(found: Loads) -> list[Bar]:
     """What many requests gain over one stream."""
     if AT not in found.loads:
         return []
-    over, limit = f"{AT} requests over", OVER_ONE[found.dtype]
+    over, limit = f"{AT} requests over", OVER_ONE[found.name]
     return [
-        Bar(f"{over} 1, {found.dtype}", found.total(AT) / found.total(1), "at least", limit),
-        Bar(f"{over} 1 client, {found.dtype}", found.total(AT) / found.client_tokens_per_s, "at least", limit),
+        Bar(f"{over} 1, {found.name}", found.total(AT) / found.total(1), "at least", limit),
+        Bar(f"{over} 1 client, {found.name}", found.over(AT, CLIENT), "at least", limit),
     ]
 
 
@@ -141,43 +124,19 @@ def measure(quick: bool) -> Result:
     numbers = (1, 2) if quick else (1, 2, 4, 8, 16)
     wanted = [dtype for dtype in OVER_ONE if dtype == "float32" or (not quick and multiplies_bfloat16())]
     found = [setting(model, dtype, numbers, new, repeats) for dtype in wanted]
-    rows = [
-        (
-            each.dtype,
-            str(n),
-            Spread.of(load.totals).show(".1f"),
-            f"{each.total(n) / each.total(1):.2f}",
-            f"{each.total(n) / each.client_tokens_per_s:.2f}",
-            f"{each.total(n) / each.unsplit_tokens_per_s:.2f}",
-            Spread.of(load.worst_first_s).show(),
-            f"{load.p99_ms:.0f}",
-        )
-        for each in found
-        for n, load in each.loads.items()
-    ]
-    head = (
-        "numbers",
-        "requests",
-        "total tok/s",
-        "over 1 request",
-        "over 1 client",
-        "over unsplit",
-        "worst first token, s",
-        "p99 between tokens, ms",
+    plot = Plot(
+        "all requests' tokens/s", "requests", "over 1 client", [each.curve(CLIENT) for each in found], log_x=True
     )
-    curves = [
-        Curve.of(e.dtype, {n: [t / e.client_tokens_per_s for t in load.totals] for n, load in e.loads.items()})
-        for e in found
-    ]
-    plot = Plot("all requests' tokens/s", "requests", "over 1 client", curves, log_x=True)
     raw = {
-        each.dtype: {
-            "unsplit": [answer.tokens_per_s for answer in each.unsplit],
-            "client": [answer.tokens_per_s for answer in each.client],
+        each.name: {
+            "unsplit": [answer.tokens_per_s for answer in each.alone[UNSPLIT]],
+            "client": [answer.tokens_per_s for answer in each.alone[CLIENT]],
             "requests": {str(n): load.totals for n, load in each.loads.items()},
         }
         for each in found
     }
     notes = NOTES.format(model=model, prompt=PROMPT_TOKENS, new=new)
     bars = [bar for each in found for bar in bars_of(each)]
-    return Result("api", "Many requests through one API process", notes, bars, [Table(head, rows)], [plot], raw)
+    return Result(
+        "api", "Many requests through one API process", notes, bars, [table(found, "numbers", "request")], [plot], raw
+    )

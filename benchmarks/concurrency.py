@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from benchmarks import petals
 from benchmarks.arena import CROWD, Arena, Subject, arena, prompt, spans, together
+from benchmarks.loads import Load, Loads, table
 from benchmarks.models import SHAPES, folder_of
-from benchmarks.result import Bar, Curve, Plot, Result, Table
-from benchmarks.timing import Answer, Spread, p99, total_tokens_per_s
+from benchmarks.result import Bar, Curve, Plot, Result
 from peer.loading import multiplies_bfloat16
 
 PROMPT_TOKENS = 8
 AT = 8  # clients, for which the bars are
 OVER_ONE = {"float32": 2.8, "bfloat16": 3.0}
+UNSPLIT = "unsplit"
 OVER_PETALS = {"float32": 2.8, "bfloat16": 5.0}
 
 NOTES = """\
@@ -25,50 +24,10 @@ one unsplit stream in float32.
 """
 
 
-@dataclass(slots=True)
-class Load:
-    """Rounds of so many clients at once; `alone` are streams of the unsplit model between them."""
-
-    rounds: list[list[Answer]] = field(default_factory=list)
-
-    @property
-    def totals(self) -> list[float]:
-        return [total_tokens_per_s(answers) for answers in self.rounds]
-
-    @property
-    def worst_first_s(self) -> list[float]:
-        return [max(answer.first_s for answer in answers) for answers in self.rounds]
-
-    @property
-    def p99_ms(self) -> float:
-        """Of all times between two tokens of a client."""
-        return 1e3 * p99([gap for answers in self.rounds for answer in answers for gap in answer.gaps_s])
-
-
-@dataclass(slots=True)
-class Setting:
-    """A swarm under rising load."""
-
-    peers: int
-    dtype: str
-    unsplit: list[Answer] = field(default_factory=list)
-    loads: dict[int, Load] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.peers} peer{'s' if self.peers > 1 else ''}, {self.dtype}"
-
-    def total(self, clients: int) -> float:
-        return Spread.of(self.loads[clients].totals).median
-
-    @property
-    def unsplit_tokens_per_s(self) -> float:
-        return Spread.of(answer.tokens_per_s for answer in self.unsplit).median
-
-
-def setting(model: str, peers: int, dtype: str, numbers: tuple[int, ...], new: int, repeats: int) -> Setting:
+def setting(model: str, peers: int, dtype: str, numbers: tuple[int, ...], new: int, repeats: int) -> Loads:
     """Measures one swarm; in each round every number of clients has a turn, and the unsplit model."""
-    folder, found = str(folder_of(model)), Setting(peers, dtype, loads={n: Load() for n in numbers})
+    folder, name = str(folder_of(model)), f"{peers} peer{'s' if peers > 1 else ''}, {dtype}"
+    found = Loads(name, {UNSPLIT: []}, {n: Load() for n in numbers})
     with arena(CROWD) as place:
         unsplit = place.unsplit(folder)
         clients = _swarm(place, folder, model, peers, dtype, max(numbers))
@@ -76,7 +35,7 @@ def setting(model: str, peers: int, dtype: str, numbers: tuple[int, ...], new: i
         prompts = [prompt(PROMPT_TOKENS, seed) for seed in range(len(clients))]
         together(clients, prompts, 2)
         for _ in range(repeats):
-            found.unsplit.append(unsplit.generate(prompts[0], new))
+            found.alone[UNSPLIT].append(unsplit.generate(prompts[0], new))
             for n in numbers:
                 found.loads[n].rounds.append(together(clients[:n], prompts[:n], new))
     return found
@@ -89,22 +48,21 @@ def _swarm(place: Arena, folder: str, model: str, peers: int, dtype: str, number
     return clients
 
 
-def bars_of(found: Setting) -> list[Bar]:
+def bars_of(found: Loads, peers: int, dtype: str) -> list[Bar]:
     """For 1 peer: the gain by many clients, against one and against Petals. For more: that 16 do not collapse."""
     bars = []
-    if found.peers == 1 and AT in found.loads:
-        total, dtype = found.total(AT), found.dtype
+    if peers == 1 and AT in found.loads:
         theirs = petals.CLIENTS_TOKENS_PER_S[AT] / petals.UNSPLIT_TOKENS_PER_S
         bars = [
-            Bar(f"{AT} clients over 1, {found.name}", total / found.total(1), "at least", OVER_ONE[dtype]),
+            Bar(f"{AT} clients over 1, {found.name}", found.total(AT) / found.total(1), "at least", OVER_ONE[dtype]),
             Bar(
                 f"{AT} clients, {found.name}, over Petals'",
-                total / found.unsplit_tokens_per_s / theirs,
+                found.over(AT, UNSPLIT) / theirs,
                 "at least",
                 OVER_PETALS[dtype],
             ),
         ]
-    if found.peers > 1 and 2 * AT in found.loads:
+    if peers > 1 and 2 * AT in found.loads:
         bars = [Bar(f"16 clients over 8, {found.name}", found.total(2 * AT) / found.total(AT), "at least", 1.0)]
     return bars
 
@@ -116,42 +74,18 @@ def measure(quick: bool) -> Result:
     wanted = [(1, "float32")] if quick else [(1, "float32"), (2, "float32")]
     if not quick and multiplies_bfloat16():
         wanted.append((1, "bfloat16"))
-    found = [setting(model, peers, dtype, numbers, new, repeats) for peers, dtype in wanted]
-    rows = [
-        (
-            each.name,
-            str(n),
-            Spread.of(load.totals).show(".1f"),
-            f"{each.total(n) / each.total(1):.2f}",
-            f"{each.total(n) / each.unsplit_tokens_per_s:.2f}",
-            Spread.of(load.worst_first_s).show(),
-            f"{load.p99_ms:.0f}",
-        )
-        for each in found
-        for n, load in each.loads.items()
-    ]
-    head = (
-        "swarm",
-        "clients",
-        "total tok/s",
-        "over 1 client",
-        "over unsplit",
-        "worst first token, s",
-        "p99 between tokens, ms",
-    )
-    curves = [
-        Curve.of(e.name, {n: [t / e.unsplit_tokens_per_s for t in load.totals] for n, load in e.loads.items()})
-        for e in found
-    ]
+    found = {each: setting(model, *each, numbers, new, repeats) for each in wanted}
     theirs = {n: [rate / petals.UNSPLIT_TOKENS_PER_S] for n, rate in petals.CLIENTS_TOKENS_PER_S.items()}
     plot = Plot(
         "all clients' tokens/s",
         "clients",
         "over one unsplit stream",
-        [*curves, Curve.of("Petals, 1 server", theirs)],
+        [*(each.curve(UNSPLIT) for each in found.values()), Curve.of("Petals, 1 server", theirs)],
         log_x=True,
     )
     notes = NOTES.format(model=model, prompt=PROMPT_TOKENS, new=new, petals=theirs[AT][0])
-    raw = {each.name: {str(n): load.totals for n, load in each.loads.items()} for each in found}
-    bars = [bar for each in found for bar in bars_of(each)]
-    return Result("concurrency", "Many clients", notes, bars, [Table(head, rows)], [plot], raw)
+    raw = {each.name: {str(n): load.totals for n, load in each.loads.items()} for each in found.values()}
+    bars = [bar for (peers, dtype), each in found.items() for bar in bars_of(each, peers, dtype)]
+    return Result(
+        "concurrency", "Many clients", notes, bars, [table(list(found.values()), "swarm", "client")], [plot], raw
+    )

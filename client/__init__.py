@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from client.config import ClientConfig
-    from client.model import GenerationSession, SwarmModel, SwarmModelForCausalLM
+    from client.conversation import GenerationSession
+    from client.model import SwarmModel, SwarmModelForCausalLM
     from client.swarm import Swarm
 
 __all__ = ["ClientConfig", "GenerationSession", "Swarm", "SwarmModel", "SwarmModelForCausalLM"]
 
 _HOME = {
     "ClientConfig": "client.config",
-    "GenerationSession": "client.model",
+    "GenerationSession": "client.conversation",
     "Swarm": "client.swarm",
     "SwarmModel": "client.model",
     "SwarmModelForCausalLM": "client.model",

@@ -4,8 +4,8 @@ A step that is drawn is looked at after the fact, beside the session: its answer
 the keys and values of all tokens before, it computes all steps up to the one that was drawn, and all of them are
 compared that were not before. Nothing tells a peer that it will be audited before it has signed what it sent.
 
-    step ─► note ─► drawn? ─► _account: what went in and came out, as the digests say ─► Shadow.run ─► compare
-                                      └─► mismatch ─► a third peer ─► verdict.judge ─► blame, and the session is doubted
+    step ─► note ─► drawn? ─► _account: what went in and came out, as the digests say ─► Shadow.run ─► first_mismatch
+                                      └─► Mismatch ─► a third peer ─► verdict.judge ─► blame, and the session is doubted
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
+from client.account import Account, Recanted, Unaudited, recalled
 from client.blame import Blame
-from client.chain import Link, choose_chain
+from client.comparison import Mismatch, first_mismatch
 from client.config import ClientConfig
 from client.hop import Hop
-from client.ledger import is_cropped, is_input, wrong_outputs
-from client.open_chain import OpenChain, Peers, SessionSpec
-from client.shadow import Shadow, hidden_of
-from client.tolerance import Kind, bound, distances
+from client.open_chain import OpenChain
+from client.peers import Peers
+from client.replicas import Replicas
+from client.shadow import Shadow
+from client.spec import SessionSpec
+from client.tolerance import bound, kind_of
 from client.verdict import Distance, judge
-from protocol.errors import BlocksMissing, Doubted, PotluckError, SessionLost
+from protocol.errors import Doubted, PotluckError, SessionLost
 from protocol.journal import ROW_OPS, Entry, StepLog
 from protocol.messages import ATTENTION_MASK, StepResult
 
 logger = logging.getLogger(__name__)
+
+PADDED = "its rows are padded, or were moved about"
 
 
 @dataclass(slots=True)
@@ -45,10 +47,6 @@ class AuditStats:
     tokens: int = 0
     unaudited: Counter[str] = field(default_factory=Counter)
     liars: list[str] = field(default_factory=list)
-
-
-class _Unaudited(Exception):  # not an error, but why there is no result
-    """This audit cannot be made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,23 +68,6 @@ class _Case:
         shadow, self.shadow = self.shadow, None
         if shadow is not None:
             shadow.dismiss()
-
-
-@dataclass(frozen=True, slots=True)
-class _Mismatch:
-    """The first token for which hop and shadow give what differs by more than it may.
-
-    Attributes:
-        step_id: up to which both were compared.
-        position: of the token, in the caches.
-        committed, recomputed: the hop's output for it and the shadow's, [..., rows, 1, H].
-    """
-
-    step_id: int
-    position: int
-    committed: Tensor
-    recomputed: Tensor
-    apart: Distance
 
 
 class Auditor:
@@ -115,12 +96,12 @@ class Auditor:
         self.stats = AuditStats()
         self.doubt: Doubted | None = None
         self._spec = spec
-        self._peers = peers
         self._blame = blame
         self._config = config
         self._inputs = inputs
         self._chain = chain
         self._tell = tell
+        self._replicas = Replicas(spec, peers, blame, config)
         self._rng = rng or random.Random()
         self._audits = config.audit > 0 and not spec.stateless
         self._results = StepLog(keeps_all=True)  # what came out of the last block
@@ -140,7 +121,7 @@ class Auditor:
             return
         if _moves_rows(entry):
             self._audits = False  # padding is computed differently among others, and an old row may be anywhere
-            self.stats.unaudited["its rows are padded, or were moved about"] += 1
+            self.stats.unaudited[PADDED] += 1
             return
         self._results.put(replace(Entry.of(result.step), ops=entry.ops, trace=()))
         for hop in hops:
@@ -186,7 +167,7 @@ class Auditor:
             case.wanted = None
             try:
                 await self._audit(case, step_id)
-            except _Unaudited as why:
+            except Unaudited as why:
                 self.stats.unaudited[str(why)] += 1
             except SessionLost:
                 self.stats.unaudited["what is needed is no longer kept"] += 1
@@ -210,103 +191,49 @@ class Auditor:
             try:
                 await self._compare(case, case.shadow, step_id)
                 return
-            except (_Unaudited, SessionLost) as why:
+            except (Unaudited, SessionLost) as why:
                 logger.debug("the shadow of %s begins anew: %s", case.hop.name, why)
                 case.drop_shadow()
         if case.hop not in self._chain.hops:
-            raise _Unaudited("the hop has left the chain")
-        case.shadow = await self._shadow(case.hop.link, {case.hop.link.peer.peer_id})
+            raise Unaudited("the hop has left the chain")
+        case.shadow = await self._replicas.shadow(case.hop.link, {case.hop.link.peer.peer_id})
         await self._compare(case, case.shadow, step_id)
 
     async def _compare(self, case: _Case, shadow: Shadow, step_id: int) -> None:
         account = await self._account(case.hop, shadow.next_step, step_id)
         if account is None:
             return
-        inputs, outputs = account
-        recomputed = await shadow.run(inputs, self._config.step_timeout_s)
-        limit = bound(_kind(case.hop.link), shadow.kind, self._spec.codec)
-        tokens, mismatch = await asyncio.to_thread(_first_mismatch, inputs, outputs, recomputed, limit, step_id)
+        recomputed = await shadow.run(account.inputs, self._config.step_timeout_s)
+        limit = bound(kind_of(case.hop.link.peer), shadow.kind, self._spec.codec)
+        tokens, mismatch = await asyncio.to_thread(
+            first_mismatch, account.inputs, account.outputs, recomputed, limit, step_id
+        )
         self.stats.audits += 1
         self.stats.tokens += tokens
         if mismatch is not None:
             await self._decide(case, shadow, mismatch)
 
-    async def _account(self, hop: Hop, first_step: int, step_id: int) -> tuple[list[Entry], list[Entry]] | None:
+    async def _account(self, hop: Hop, first_step: int, step_id: int) -> Account | None:
         """What entered the hop in the steps from the first to the last one, and what came out, as it stands by it.
         None: somebody does not stand by what was said before, and is given up for it.
 
         Raises:
-            _Unaudited: that is not known.
+            Unaudited: that is not known.
             PotluckError: a peer does not tell.
         """
-        hops = tuple(self._chain.hops)
-        if hop not in hops:
-            raise _Unaudited("the hop has left the chain")
-        index = hops.index(hop)
-        before = hops[index - 1] if index else None
-        inputs = self._inputs.recall(first_step) if before is None else await before.recall(first_step)
-        if hop is hops[-1]:
-            outputs = [entry for entry in self._results.recall(first_step) if hop.ledger.has_said(entry.step_id)]
-            await hop.recall()  # for its receipt
-        else:
-            outputs = await hop.recall(first_step)
-        inputs, outputs = ([entry for entry in log if entry.step_id <= step_id] for log in (inputs, outputs))
-        if not self._audits:
-            raise _Unaudited("its rows are padded, or were moved about")
-        for each, log in ((before, inputs), (hop, outputs)):
-            wrong = [] if each is None else wrong_outputs(each.ledger, log)
-            if each is not None and (sure := [entry for entry in wrong if not is_cropped(entry)]):
-                self._convict(each, self._starts[sure[0].step_id], "recalls something else than it sent")
-                return None
-            if wrong:
-                raise _Unaudited("what it sent was cropped since")
-        if not is_input(hop.ledger, inputs, first_step):
-            raise _Unaudited("what it was told is no longer known")
-        return inputs, outputs
-
-    async def _shadow(self, link: Link, without: Collection[str]) -> Shadow:
-        """A shadow of a hop, opened, by other peers than these.
-
-        Raises:
-            _Unaudited: nobody else serves these blocks.
-        """
-        kind = _kind(link)
-        links = self._others(link, without, kind) or self._others(link, without)
-        if links is None:
-            raise _Unaudited("nobody else serves the blocks")
-        shadow = Shadow(links, self._peers, self._spec)
+        account = await recalled(hop, self._chain.hops, self._inputs, self._results, first_step, step_id)
+        if not self._audits:  # since a step that came meanwhile
+            raise Unaudited(PADDED)
         try:
-            await shadow.open(self._config.probe_timeout_s, self._config.open_timeout_s)
-        except BaseException:
-            shadow.dismiss()
-            raise
-        return shadow
-
-    def _others(self, link: Link, without: Collection[str], kind: Kind | None = None) -> tuple[Link, ...] | None:
-        """Peers for the blocks of a hop, none of them lately at fault, and of this kind only, if it is given."""
-        shunned = self._blame.avoided().union(without)
-        able = [
-            peer
-            for peer in self._peers.peers()
-            if peer.peer_id not in shunned
-            and self._spec.codec in peer.codecs
-            and kind in (None, Kind(peer.dtype, peer.quantization))
-        ]
-        try:
-            return choose_chain(
-                able,
-                link.span,
-                times=self._peers.times(),
-                rules=self._config.rules,
-                cuts=self._peers.cuts(),
-                kv_tokens=self._spec.batch * self._spec.max_tokens,
-            )
-        except BlocksMissing:
+            account.check()
+        except Recanted as liar:
+            self._convict(liar.hop, self._starts[liar.step_id], "recalls something else than it sent")
             return None
+        return account
 
     # ------------------------------------------------------------------ who lies
 
-    async def _decide(self, case: _Case, shadow: Shadow, mismatch: _Mismatch) -> None:
+    async def _decide(self, case: _Case, shadow: Shadow, mismatch: Mismatch) -> None:
         hop = case.hop
         third = await self._third(hop, shadow, mismatch)
         culprit = judge(mismatch.apart, *third)
@@ -318,7 +245,7 @@ class Auditor:
             self._accuse(shadow.peer_ids)
             self._tell(f"{shadow.name} did not compute what two others did, and is avoided")
             case.drop_shadow()
-        elif self._others(hop.link, parties) is not None:
+        elif self._replicas.of(hop.link, parties) is not None:
             self._accuse(parties)
             self._begin_anew(hop, mismatch.position, f"and {shadow.name} do not agree")
         else:
@@ -329,24 +256,19 @@ class Auditor:
             )
             case.drop_shadow()
 
-    async def _third(self, hop: Hop, shadow: Shadow, mismatch: _Mismatch) -> tuple[Distance | None, Distance | None]:
+    async def _third(self, hop: Hop, shadow: Shadow, mismatch: Mismatch) -> tuple[Distance | None, Distance | None]:
         """How far a third peer is from the audited one and from its auditor."""
         third: Shadow | None = None
         try:
-            third = await self._shadow(hop.link, {hop.link.peer.peer_id} | shadow.peer_ids)
+            third = await self._replicas.shadow(hop.link, {hop.link.peer.peer_id} | shadow.peer_ids)
             account = await self._account(hop, 0, mismatch.step_id)
             if account is None:
                 return None, None
-            tensors = await third.run(account[0], self._config.step_timeout_s)
-            found = _by_position(account[0], tensors).get(mismatch.position)
-            if found is None:
-                return None, None
-            limits = [bound(third.kind, kind, self._spec.codec) for kind in (_kind(hop.link), shadow.kind)]
-            return (
-                Distance(float(_apart(found, mismatch.committed)), limits[0]),
-                Distance(float(_apart(found, mismatch.recomputed)), limits[1]),
-            )
-        except (_Unaudited, PotluckError) as error:
+            tensors = await third.run(account.inputs, self._config.step_timeout_s)
+            to_hop = bound(third.kind, kind_of(hop.link.peer), self._spec.codec)
+            to_shadow = bound(third.kind, shadow.kind, self._spec.codec)
+            return mismatch.from_third(account.inputs, tensors, to_hop, to_shadow)
+        except (Unaudited, PotluckError) as error:
             logger.debug("there is no third peer to decide: %s", error)
             return None, None
         finally:
@@ -386,44 +308,5 @@ class Auditor:
         self._cases.clear()
 
 
-def _kind(link: Link) -> Kind:
-    return Kind(link.peer.dtype, link.peer.quantization)
-
-
 def _moves_rows(entry: Entry) -> bool:
     return any(op.kind in ROW_OPS for op in entry.ops) or any(p.spec.name == ATTENTION_MASK for p in entry.parts)
-
-
-def _by_position(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The outputs of single tokens, [..., rows, 1, H]. One that was taken back gives way to what came in its place."""
-    return {
-        entry.position + index: tensor.narrow(-2, index, 1)
-        for entry, tensor in zip(entries, tensors, strict=True)
-        for index in range(tensor.shape[-2])
-    }
-
-
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Of one token, float64 []; what has another shape is as far off as can be."""
-    if one.shape != other.shape:
-        return torch.tensor(torch.inf, dtype=torch.float64)
-    return distances(one, other).amax()
-
-
-def _first_mismatch(
-    inputs: Sequence[Entry], outputs: Sequence[Entry], recomputed: Sequence[Tensor], limit: float, step_id: int
-) -> tuple[int, _Mismatch | None]:
-    """Compares the tokens that are in both logs, which may have joined or cropped them differently: how many, and the
-    first one that is too far off. Not for an event loop."""
-    computed = _by_position(inputs, recomputed)
-    committed = _by_position(outputs, [hidden_of(entry) for entry in outputs])
-    positions = sorted(computed.keys() & committed.keys())
-    if not positions:
-        return 0, None
-    apart = torch.stack([_apart(committed[position], computed[position]) for position in positions])
-    wrong = (apart > limit).nonzero().flatten().tolist()
-    if not wrong:
-        return len(positions), None
-    position = positions[wrong[0]]
-    far = Distance(float(apart[wrong[0]]), limit)
-    return len(positions), _Mismatch(step_id, position, committed[position], computed[position], far)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-MOST = 3  # times an answer is begun anew; each time, peers that were found to lie are avoided
+MOST_TRIES = 3  # of one answer; each time, peers that were found to lie are avoided
 
 
 class Tracked(BaseStreamer):
@@ -28,6 +28,7 @@ class Tracked(BaseStreamer):
         self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
+        """The prompt, int64 [1, n], then each token, int64 [1]: as `generate` has it."""
         if self._ended:
             return
         self._passed += 1
@@ -40,6 +41,7 @@ class Tracked(BaseStreamer):
             self._streamer.put(value)
 
     def end(self) -> None:
+        """The answer is complete; whatever is made anew after that, the streamer does not hear of."""
         if not self._ended:
             self._ended = True
             self._streamer.end()

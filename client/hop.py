@@ -4,76 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import secrets
 from typing import Any, TypeVar
 
 import grpc
 
 from client.chain import Link
+from client.inbox import Heard, Inbox
 from client.inquest import Report
 from client.ledger import Ledger
+from client.spec import SessionSpec
+from client.stream import Stream, translated
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.channel import peer_error
-from protocol.errors import BadMessage, PeerError, PeerFault, PeerFull, PeerLost, PotluckError, SessionLost, WireError
+from protocol.errors import BadMessage, PeerFault, PeerLost, PotluckError, SessionLost, WireError
 from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.journal import Entry
-from protocol.limits import MAX_COUNT, PAYLOAD_BYTES, SESSION_ID_BYTES
+from protocol.limits import EDGE_BYTES, MAX_COUNT, PAYLOAD_BYTES, SESSION_ID_BYTES
 from protocol.messages import Close, Failure, Notice, Open, Opened, Progress, Route, Step, StepResult
 from protocol.receipts import Receipt
-
-logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
 RECALL_TIMEOUT_S = 60.0  # all that a peer keeps of a session, over a slow line
 RECALL_BYTES = 1 << 30
-MAX_HEARD = 1024  # things that wait to be heard by one session
-MAX_HEARD_BYTES = PAYLOAD_BYTES  # of results among them
 
 Failed = TypeVar("Failed", bound=PotluckError)
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """What came from a hop, beside the answer to `attach`."""
-
-    hop: Hop
-    what: StepResult | Notice | PotluckError
-
-    @property
-    def nbytes(self) -> int:
-        """What it holds of memory, roughly."""
-        return len(self.what.step.payload) if isinstance(self.what, StepResult) else 0
-
-
-class Inbox(asyncio.Queue[Heard]):
-    """What hops say to one session, until it listens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._nbytes = 0
-
-    def hear(self, heard: Heard) -> None:
-        """Keeps it, unless the session is being flooded; what it then lacks it will ask for."""
-        fits = self.empty() or self._nbytes + heard.nbytes <= MAX_HEARD_BYTES
-        if fits and self.qsize() < MAX_HEARD:
-            self.put_nowait(heard)
-
-    def _put(self, item: Heard) -> None:
-        self._nbytes += item.nbytes
-        super()._put(item)
-
-    def _get(self) -> Heard:
-        item = super()._get()
-        self._nbytes -= item.nbytes
-        return item
-
-
 class Hop:
-    """A session's stream to one peer. `attach` first, again after an error or for a new epoch; then `route` and `send`.
+    """A session's stream to one peer. First its `opening` to `attach`, again after an error or for a new epoch; then
+    `route` and `send`.
 
     What comes back goes to `inbox`. Every error is a `PotluckError` that names the peer.
 
@@ -99,8 +59,24 @@ class Hop:
         self._recalling: set[Any] = set()  # calls
         self._stub = pb_grpc.PeerStub(channel)  # type: ignore[no-untyped-call]  # generated
         self._inbox = inbox
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._opened: asyncio.Future[Opened] | None = None
+
+    def opening(self, spec: SessionSpec, epoch: int) -> Open:
+        """The request to open the session there, or to take it up again; with a new token for the edge to this hop."""
+        self.edge = secrets.token_bytes(EDGE_BYTES)
+        return Open(
+            self.session_id,
+            epoch,
+            spec.fingerprint,
+            self.link.span,
+            spec.codec,
+            spec.batch,
+            spec.max_tokens,
+            resume=self.begun,
+            stateless=spec.stateless,
+            edge=self.edge,
+        )
 
     async def attach(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
         """Opens the session on the peer, or takes it up again: on the living stream, else on a new one.
@@ -122,7 +98,7 @@ class Hop:
                 if not living.is_broken:
                     raise
         self.abandon()
-        self._stream = _Stream(self._stub.Infer(), self)
+        self._stream = Stream(self._stub.Infer(), self)
         return await self._open(request, timeout_s, patience_s)
 
     async def _open(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
@@ -192,7 +168,7 @@ class Hop:
         )
         self._recalling.add(call)
         try:
-            with _translated():
+            with translated():
                 return await self._recalled(call)
         except (WireError, IndexError) as nonsense:
             raise self.blamed(PeerFault(f"{self.name} recalls nonsense: {nonsense}")) from nonsense
@@ -251,7 +227,7 @@ class Hop:
         self.bytes_sent += message.ByteSize()
         self._stream.outgoing.put_nowait(message)
 
-    def hear(self, stream: _Stream, what: Reply | PotluckError) -> None:
+    def hear(self, stream: Stream, what: Reply | PotluckError) -> None:
         """Something came on a stream, or it ended. Who waits for the session to open hears of failures first."""
         if stream is not self._stream:
             return
@@ -304,84 +280,3 @@ class Hop:
         if stream is not None:
             await asyncio.wait({stream.reading}, timeout=CLOSE_TIMEOUT_S)
             stream.cancel()
-
-
-class _Stream:
-    """One `Infer` call. Writes what is put into `outgoing`, in order; tells its hop what comes, and how it ended.
-
-    Args:
-        call: a grpc.aio stream-stream call.
-    """
-
-    def __init__(self, call: Any, hop: Hop) -> None:
-        self.outgoing: asyncio.Queue[pb.InferRequest] = asyncio.Queue()
-        self.has_ended = False
-        self.is_broken = False  # it has ended, and not because somebody here wanted it
-        self._call = call
-        self._hop = hop
-        self.reading = asyncio.get_running_loop().create_task(self._read())
-        self._writing = asyncio.get_running_loop().create_task(self._write())
-
-    def cancel(self) -> None:
-        """Ends the call at once."""
-        self.has_ended = True
-        self._call.cancel()
-        self._writing.cancel()
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                message = await self.outgoing.get()
-                with _translated():
-                    await self._call.write(message)
-        except PeerError as error:
-            self._end(error)
-
-    async def _read(self) -> None:
-        assembler = ReplyAssembler(PAYLOAD_BYTES)
-        error: PotluckError = PeerLost("the peer ended the session's stream")
-        try:
-            with _translated():
-                while (message := await self._call.read()) is not grpc.aio.EOF:
-                    if message is None:
-                        raise BadMessage("bytes that are no message")
-                    self._hop.bytes_received += message.ByteSize()
-                    if (reply := assembler.feed(message)) is not None:
-                        self._hop.hear(self, reply)
-        except WireError as nonsense:
-            error = PeerLost(f"the peer sent nonsense: {nonsense}")
-        except PeerError as lost:
-            error = lost
-        except Exception:  # whatever a peer sends must not leave this hop mute
-            logger.exception("what %s sent could not be read", self._hop.name)
-            error = PeerFault("the peer sent what cannot be read")
-        finally:
-            self._writing.cancel()
-        self._end(error)
-
-    def _end(self, error: PotluckError) -> None:
-        if not self.has_ended:
-            self.has_ended = self.is_broken = True
-            self._call.cancel()
-            self._hop.hear(self, error)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """grpc.aio's many ways to say that a stream has ended, as errors of the tree."""
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        meaning = peer_error(error)
-        if isinstance(meaning, PeerFull):
-            raise meaning from error
-        # What a peer has to say comes as a Failure. All else is the stream's end, a write to it included.
-        raise PeerLost(meaning.message) from error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # grpc.aio raises this also where only the call was cancelled, not the caller
-        raise PeerLost("the stream was cancelled") from error
-    except asyncio.InvalidStateError as error:  # grpc.aio's word for a write to a finished stream
-        raise PeerLost("the stream had ended") from error

@@ -13,7 +13,7 @@ Report = Progress | PeerError
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Finding:
     """Where the step is.
 
     Attributes:
@@ -30,15 +30,15 @@ class Verdict:
     expected_s: float = 0.0
 
 
-def judge(reports: Sequence[Report], step_id: int) -> Verdict:
-    """The verdict on the step `step_id`, which the client has sent to the first hop.
+def judge(reports: Sequence[Report], step_id: int) -> Finding:
+    """The finding on the step `step_id`, which the client has sent to the first hop.
 
     A hop that is silent while the step is known to be busy elsewhere before it is left alone: it may answer by the time
     it is needed. But where one hop is lost, all silent ones from there on are replaced in one go.
     """
     for index, report in enumerate(reports):
         if isinstance(report, PeerError):
-            return Verdict(lost=tuple(i for i, r in enumerate(reports) if i >= index and isinstance(r, PeerError)))
+            return Finding(lost=tuple(i for i, r in enumerate(reports) if i >= index and isinstance(r, PeerError)))
         if report.sent > step_id:
             continue
         if report.next_step > step_id:  # computed, but the next hop does not take it
@@ -47,16 +47,16 @@ def judge(reports: Sequence[Report], step_id: int) -> Verdict:
                 continue
             if isinstance(following, Progress) and following.received > step_id:
                 continue
-            return Verdict(stuck=index + 1)
+            return Finding(stuck=index + 1)
         if report.received > step_id:
-            return Verdict(busy=index, expected_s=report.expected_ms / 1e3)
-        return Verdict(stuck=index)
-    return Verdict(stuck=len(reports))
+            return Finding(busy=index, expected_s=report.expected_ms / 1e3)
+        return Finding(stuck=index)
+    return Finding(stuck=len(reports))
 
 
-def signs_of_life(reports: Sequence[Report], verdict: Verdict) -> tuple[object, ...]:
+def signs_of_life(reports: Sequence[Report], finding: Finding) -> tuple[object, ...]:
     """What should change while the step is only slow: bytes that arrive, steps that are computed; and the queue of the
     hop that has it. While it does, a line is slow, not cut, and a peer busy, not stuck."""
     known = [(r.arriving_bytes, r.next_step) if isinstance(r, Progress) else None for r in reports]
-    busy = reports[verdict.busy] if verdict.busy is not None else None
-    return (verdict.busy, verdict.stuck, *known, busy.queue if isinstance(busy, Progress) else None)
+    busy = reports[finding.busy] if finding.busy is not None else None
+    return (finding.busy, finding.stuck, *known, busy.queue if isinstance(busy, Progress) else None)

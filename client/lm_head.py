@@ -57,7 +57,6 @@ class SharedHead:
 
     def __init__(self, layer: nn.Linear, clock: Callable[[], float] = time.monotonic) -> None:
         self.products = 0
-        self._layer = layer
         self._alone: Callable[[Tensor], Tensor] = layer.forward
         self._clock = clock
         self._changed = threading.Condition()

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedModel
 
 from client.chain import Link
 from client.config import ClientConfig
-from client.corrections import MOST, Seed, Tracked
+from client.conversation import GenerationSession, max_cached
+from client.corrections import MOST_TRIES, Seed, Tracked
+from client.drafters import Draft, Drafter, Lookup, is_plain_draft, load_draft
 from client.lm_head import SharedHead
-from client.open_chain import SessionStats
-from client.remote import Plan, RemoteBlocks
-from client.speculation import Draft, Drafter, Lookup, Loop, can_speculate
+from client.remote import RemoteBlocks, Reservation
+from client.speculation import Loop, can_speculate
+from client.stats import SessionStats
 from client.swarm import Swarm
 from client.trace import Trace
 from client.window import Window
@@ -34,82 +35,15 @@ from slicing import (
     hasten,
     load_config,
     load_head,
-    model_class,
     n_blocks,
     resolve,
 )
 from slicing.skeleton import forward_parameters
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig
+    from transformers import GenerationConfig
 
 logger = logging.getLogger(__name__)
-
-
-class GenerationSession:
-    """A conversation: what was said stays on the peers, only new tokens travel. Made by `model.session()`.
-
-    One answer at a time; several sessions of a model may be at work in as many threads.
-
-    Attributes:
-        cache: the session's cache; pass it as `past_key_values` to go lower than `generate`.
-        tokens: int64 [rows, n], the tokens that the peers have, as far as `generate` made them; None before.
-
-    Args:
-        window: a cache of so many tokens or more cannot be cropped; None: it always can.
-    """
-
-    def __init__(self, max_tokens: int, window: int | None = None) -> None:
-        self._plan = Plan(max_tokens)
-        self._window = window
-        self.cache = self._new_cache()
-        self.tokens: Tensor | None = None
-
-    def align(self, input_ids: Tensor) -> RemoteCache:
-        """The cache, cropped to what `input_ids` has in common with it; a new one where that cannot be.
-
-        At least one token is left to be sent: `generate` needs its logits.
-        """
-        kept = self.cache.n_tokens
-        if self.tokens is None or self.tokens.shape[0] != input_ids.shape[0]:
-            kept = 0
-        else:
-            kept = min(kept, _common_prefix(self.tokens, input_ids), input_ids.shape[1] - 1)
-        crops = kept < self.cache.n_tokens
-        if crops and (kept == 0 or (self._window is not None and self.cache.n_tokens >= self._window)):
-            self.cache = self._new_cache()
-        elif crops:
-            self.cache.crop(kept - self.cache.n_tokens)
-        return self.cache
-
-    def _new_cache(self) -> RemoteCache:
-        cache = RemoteCache()
-        cache.handle = self._plan
-        return cache
-
-    def note(self, sequences: Tensor | None) -> None:
-        """After `generate`: the peers have all of `sequences` but its last token. None: rows were moved about."""
-        self.tokens = sequences
-        if sequences is None:
-            self.cache = self._new_cache()
-
-
-def _common_prefix(a: Tensor, b: Tensor) -> int:
-    """How many leading tokens are equal in all rows of a and b, int64 [rows, n] and [rows, m]."""
-    length = min(a.shape[1], b.shape[1])
-    equal = (a[:, :length].to(b.device) == b[:, :length]).all(dim=0)
-    return int(equal.long().cumprod(0).sum())
-
-
-def _max_cached(config: PreTrainedConfig) -> int | None:
-    """From how many tokens on a cache of the model cannot be cropped, since windows and running states forget."""
-    windows: list[int] = []
-    for layer in DynamicCache(config=config).layers:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            windows.append(0)
-        elif getattr(layer, "is_sliding", False):
-            windows.append(cast(Any, layer).sliding_window)
-    return min(windows, default=None)
 
 
 class _Here(threading.local):
@@ -153,7 +87,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         """
         if self._here.session is not None:
             raise RuntimeError("a session of this model is open already; use one at a time")
-        self._here.session = session = GenerationSession(max_tokens, _max_cached(self.config))
+        self._here.session = session = GenerationSession(max_tokens, max_cached(self.config))
         try:
             yield session
         finally:
@@ -189,7 +123,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         seed, tracked = Seed(self.device), None
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = tracked = Tracked(kwargs["streamer"])
-        for left in reversed(range(MOST)):
+        for left in reversed(range(MOST_TRIES)):
             try:
                 return self._answer(inputs, given, name, session, kwargs)
             except Doubted as doubt:
@@ -243,7 +177,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
         for cache in model_kwargs.values():
             if isinstance(cache, RemoteCache):
                 self._here.cache = cache
-                cache.handle = cache.handle or Plan(int(generation_config.max_length or 0))
+                cache.handle = cache.handle or Reservation(int(generation_config.max_length or 0))
 
     # ------------------------------------------------------------------ decoding; transformers' names, semi-private
 
@@ -264,7 +198,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
             or assistant_model is None
             or any(other is not None for other in others)
             or arguments.get("assistant_tokenizer") is not None
-            or not _is_plain_draft(assistant_model)
+            or not is_plain_draft(assistant_model)
         ):
             return assisted(input_ids, inputs_tensor=inputs_tensor, assistant_model=assistant_model, **arguments)
 
@@ -276,7 +210,7 @@ class SwarmModel(Head):  # type: ignore[no-untyped-call]  # transformers' __init
     def _decode(self, input_ids: Tensor, draft: Any, plain: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The speculating loop where it can make this answer, else `plain`."""
         config, synced = arguments["generation_config"], bool(arguments.get("synced_gpus"))
-        most = _max_cached(self.config)
+        most = max_cached(self.config)
         if not self.speculates or most == 0 or not can_speculate(self, input_ids, config, arguments, synced):
             return plain(input_ids, **arguments)
         rest = dict(arguments)
@@ -347,6 +281,7 @@ class SwarmModelForCausalLM:
         Raises:
             SwarmNotFound: no swarm was named or found.
             ModelError: the model cannot be used; or none was named and the swarm has not just one.
+            ConfigError: a setting is unknown or out of range, or the draft model does not fit.
         """
         try:
             listed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
@@ -388,34 +323,5 @@ def _build(
         blocks.on_results = shared.expect
     model.speculates, model.draft, model._window = config.speculate == "auto", None, Window()
     if config.draft is not None:
-        model.draft = _load_draft(config.draft, model)
+        model.draft = load_draft(config.draft, model)
     return model
-
-
-def _load_draft(name: str, model: SwarmModel) -> PreTrainedModel:
-    """A whole model on this machine, to guess with.
-
-    Raises:
-        ConfigError: its tokens cannot be the model's, or its weights cannot be read.
-    """
-    source = resolve(name)
-    config = load_config(source)
-    ours, theirs = (c.get_text_config().vocab_size for c in (model.config, config))
-    if ours != theirs:
-        raise ConfigError(
-            f"the draft model {source.name!r} has {theirs} tokens and {model.source.name!r} {ours}: use one with the"
-            " same tokenizer"
-        )
-    kind = cast(Any, model_class(config))
-    try:
-        draft = kind.from_pretrained(
-            source.location, revision=source.revision, dtype=torch.float32, use_safetensors=True
-        )
-    except OSError as error:
-        raise ConfigError(f"the draft model {source.name!r} cannot be loaded: {error}") from error
-    return cast("PreTrainedModel", draft.to(model.device).eval())
-
-
-def _is_plain_draft(model: PreTrainedModel) -> bool:
-    """Does it need nothing but token ids? Some of transformers' assistants look into the model that they assist."""
-    return isinstance(model, GenerationMixin) and not type(model).__name__.startswith("Gemma4")

@@ -1,128 +1,30 @@
-"""The open chain of a session: its hops, in the order of their blocks; broken now and then, and made whole again.
+"""The open chain of a session: its hops, in the order of their blocks, and the edges between them.
 
-`give_up` takes out what is lost. `mend` fills the gaps with other peers and tells every hop where its outputs go and
-from which step on, so that each is told what it lacks by the one before it (see `client.recovery`).
+Broken now and then, and made whole again by `client.mender`. Where an edge is cut, though both its peers answer, the
+client carries steps over it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
-import math
 import secrets
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-import grpc
-
-from client.blame import Blame
-from client.chain import Link, choose_chain
-from client.chunks import HopCost
-from client.config import ClientConfig
-from client.costs import HOP_MS, block_times_ms, ways_ms
-from client.deadline import SHARED
-from client.hop import Hop, Inbox
+from client.blame import Blame, Edge
+from client.chain import Link
+from client.costs import ways_ms
+from client.hop import Hop
+from client.inbox import Inbox
 from client.inquest import Report
-from client.recovery import lacking, to_renew
-from client.times import Stopwatch, Times
-from client.trace import Recorder
-from client.trial import Trial
-from dht.record import PeerRecord
-from protocol.errors import (
-    BlocksMissing,
-    PeerError,
-    PeerFault,
-    PeerFull,
-    PeerLost,
-    PotluckError,
-    SessionLost,
-    WireError,
-)
-from protocol.journal import Entry, StepLog
-from protocol.limits import EDGE_BYTES, SESSION_ID_BYTES
-from protocol.messages import Open, Opened, Progress, Route, Step
-from protocol.span import Span, missing_spans
-
-logger = logging.getLogger(__name__)
-
-QUIET_S = 0.3  # so long a hop may be silent, though others have answered; or longer, where round trips are
-QUIET_FACTOR = 4.0  # times what the others took, or its own round trip
-
-
-class Peers(Protocol):
-    """What a session needs of the swarm."""
-
-    def peers(self) -> Sequence[PeerRecord]:
-        """The model's peers, as last seen."""
-
-    async def refresh(self) -> None:
-        """Looks again, now."""
-
-    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        """A channel to the peer, pinned to its certificate."""
-
-    def cuts(self) -> tuple[int, ...] | None:
-        """The blocks before which the model may be cut; None: anywhere."""
-
-    def times(self) -> Times:
-        """What this client has measured of the peers."""
-
-    def signed(self, request: Open, peer: PeerRecord) -> Open:
-        """The request, as this peer takes it from this client."""
-
-    @property
-    def stopwatch(self) -> Stopwatch:
-        """To be told of their replies."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionSpec:
-    """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known).
-
-    `batch` and `max_tokens` are reserved on each peer.
-    """
-
-    fingerprint: str
-    n_blocks: int
-    codec: str = "none"  # of results; inputs come encoded
-    batch: int = 1
-    max_tokens: int = 0
-    stateless: bool = False
-
-
-@dataclass(slots=True)
-class SessionStats:
-    """What happened to a session so far."""
-
-    steps: int = 0
-    tokens: int = 0  # rows x tokens sent through the chain, replays not counted
-    replayed_tokens: int = 0  # that the client itself sent again
-    relayed: int = 0  # steps that the client carried from one hop to the next
-    reroutes: int = 0  # hops that were replaced
-    busy_s: float = 0.0  # in steps, recoveries counted
-    compute_s: float = 0.0  # of these, what the peers computed, as they say
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A hop that failed. `resumable`: perhaps only the connection did."""
-
-    hop: Hop
-    error: PotluckError
-    resumable: bool = False
-
-
-class ChainBroken(Exception):
-    """Hops of the chain failed."""
-
-    def __init__(self, *losses: Loss) -> None:
-        super().__init__(str(losses[0].error))
-        self.losses = losses
+from client.loss import ChainBroken, Loss
+from client.peers import Peers
+from client.recorder import Recorder
+from client.stats import SessionStats
+from protocol.errors import PeerError, PeerLost
+from protocol.limits import SESSION_ID_BYTES
+from protocol.messages import Progress, Route, Step
 
 
 class OpenChain:
@@ -130,36 +32,29 @@ class OpenChain:
 
     Args:
         record: told which hops answer.
-        on_event: told, in one sentence, when the chain changes or when the session waits for peers.
+        on_event: told, in one sentence, when an edge is cut.
 
     Attributes:
         hops: in the order of their blocks; with gaps while the chain is not whole.
+        leavers: no more of the chain, since their peers leave; dismissed when others are in their place.
+        is_whole: every block has a hop, and each of them knows where its outputs go.
         epoch: of the session; grows with each attempt to mend the chain.
     """
 
     def __init__(
-        self,
-        spec: SessionSpec,
-        peers: Peers,
-        blame: Blame,
-        config: ClientConfig,
-        stats: SessionStats,
-        record: Recorder,
-        on_event: Callable[[str], None],
+        self, peers: Peers, blame: Blame, stats: SessionStats, record: Recorder, on_event: Callable[[str], None]
     ) -> None:
         self.hops: list[Hop] = []
+        self.leavers: list[Hop] = []
         self.is_whole = False
         self.epoch = 0
         self.inbox = Inbox()
-        self._spec = spec
         self._peers = peers
         self._blame = blame
-        self._config = config
         self._stats = stats
         self._record = record
         self._on_event = on_event
         self._secret = secrets.token_bytes(SESSION_ID_BYTES)
-        self._left: list[Hop] = []  # leave the swarm, and are released when others are in their place
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -178,39 +73,34 @@ class OpenChain:
             raise ChainBroken(Loss(hop, error, resumable=True)) from error
 
     async def relay(self, hop: Hop, step: Step, why: str) -> None:
-        """Carries a step from `hop` to the one after it. `why`: the hop could not push it there."""
+        """Carries a step from `hop` to the one after it. `why`: the hop could not push it there.
+
+        Raises:
+            ChainBroken: there is no stream to that one any more.
+        """
         following = self.hops[self.hops.index(hop) + 1]
         if not hop.relayed:
             self._cut(hop, following, why)
         self._stats.relayed += 1
         await self.send(following, replace(step, epoch=self.epoch))
 
-    async def reports(self, timeout_s: float, slack_s: float = 0.0) -> list[Report]:
-        """How far each hop is, by its own word. All are asked at once: once others have answered, one that is silent is
-        given no more than a few times as long.
+    # ------------------------------------------------------------------ edges
 
-        Args:
-            slack_s: what lines that are busy with a large step may add.
+    def route(self, hop: Hop, after: Hop | None, next_step: int) -> None:
+        """Tells a hop where its outputs go, from `next_step` on: to the hop `after` it (None: there is none), or, where
+        that edge is cut, to the client.
+
+        Raises:
+            ChainBroken: there is no stream to it any more.
         """
-        rtts_ms, began_s = self._peers.times().rtts_ms, time.monotonic()
-        asked = {asyncio.ensure_future(hop.progress(timeout_s + slack_s)): hop for hop in self.hops}
-        silent, answered_s = set(asked), math.inf
+        if after is None or hop.relayed:
+            route = Route(self.epoch, next_step)
+        else:
+            route = Route(self.epoch, next_step, after.link.peer.peer_id, after.edge)
         try:
-            while silent:
-                slowest_s = max(rtts_ms.get(asked[each].link.peer.peer_id, 0.0) / 1e3 for each in silent)
-                allowed_s = min(timeout_s, max(QUIET_S, QUIET_FACTOR * max(slowest_s, answered_s)))
-                left_s = None if answered_s == math.inf else began_s + allowed_s + slack_s - time.monotonic()
-                done, silent = await asyncio.wait(silent, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    break
-                if any(isinstance(each.result(), Progress) for each in done):
-                    answered_s = time.monotonic() - began_s
-        finally:
-            for each in silent:
-                each.cancel()
-        return [hop.silent() if each in silent else each.result() for each, hop in asked.items()]
-
-    # ------------------------------------------------------------------ edges that are cut
+            hop.route(route)
+        except PeerError as error:
+            raise ChainBroken(Loss(hop, error, resumable=True)) from error
 
     def unblock(self, stuck: int, reports: Sequence[Report]) -> None:
         """A step has left hop `stuck - 1` and does not reach hop `stuck`, though both answer: finds another way.
@@ -225,296 +115,73 @@ class OpenChain:
             lost = PeerLost("what is sent does not arrive")
             raise ChainBroken(*(Loss(hop, lost, resumable=True) for hop in (before, after) if hop is not None))
         self._cut(before, after, f"{before.name} does not reach {after.name}")
-        self._route(before, after, report.received)
+        self.route(before, after, report.received)
 
     def try_cut_edges(self, next_step: int) -> None:
-        """Edges that were cut for long enough are tried again, between two steps."""
+        """Edges that were cut for long enough are tried again, between two steps.
+
+        Raises:
+            ChainBroken: there is no stream any more to a hop before such an edge.
+        """
         if not any(hop.relayed for hop in self.hops):
             return
         cut = self._blame.cut_edges()
         for before, after in itertools.pairwise(self.hops):
-            if before.relayed and (before.link.peer.peer_id, after.link.peer.peer_id) not in cut:
+            if before.relayed and edge_of(before, after) not in cut:
                 before.relayed = False
-                self._route(before, after, next_step)
-                self._show()
+                self.route(before, after, next_step)
+                self.show()
 
     def _cut(self, before: Hop, after: Hop, why: str) -> None:
         """From now on, for a while, this client carries steps over that edge."""
         before.relayed = True
-        self._blame.add_edge((before.link.peer.peer_id, after.link.peer.peer_id))
-        self._show()
+        self._blame.add_edge(edge_of(before, after))
+        self.show()
         self._on_event(f"steps from {before.name} to {after.name} go through this client ({why or 'as it asks'})")
 
-    def distrust(self, starts: Collection[int]) -> list[Loss]:
-        """Of the hops that begin at these blocks, one lies about what it sent or received. Whatever was told to those
-        after them is in doubt: they begin anew."""
-        suspects = [hop for hop in self.hops if any(start in hop.link.span for start in starts)] or self.hops[-1:]
-        for hop in self.hops[self.hops.index(suspects[-1]) + 1 :]:
-            hop.begun = False
-        for before, after in itertools.pairwise(suspects):
-            self._blame.add_edge((before.link.peer.peer_id, after.link.peer.peer_id))
-        names = " and ".join(hop.name for hop in suspects)
-        return [Loss(hop, PeerFault(f"what was sent and what came differ: {names} do not agree")) for hop in suspects]
+    # ------------------------------------------------------------------ hops come and go
 
-    # ------------------------------------------------------------------ losses
-
-    def give_up(self, losses: Iterable[Loss], trial: Trial) -> PotluckError:
-        """Takes lost hops out of the chain, or prepares them to be resumed. Returns what to say if that goes on."""
-        self.is_whole = False
-        trial.disturbed = trial.mended = True
-        failure: PotluckError | None = None
-        for loss in losses:
-            hop, error = loss.hop, loss.error
-            if hop not in self.hops:
-                continue
-            failure = failure or _as_missing(error, hop.link.span)
-            hop.abandon()
-            if loss.resumable and hop.begun and hop.session_id not in trial.resumed:
-                trial.resumed.add(hop.session_id)
-                continue
-            self.hops.remove(hop)
-            peer_id = hop.link.peer.peer_id
-            if not isinstance(error, SessionLost) or peer_id in trial.forgot:
-                self._blame.add(peer_id, error.retry_after_s if isinstance(error, PeerFull) else None)
-                trial.lost.add(peer_id)
-            trial.forgot.add(peer_id)
-            if hop.begun:
-                self._stats.reroutes += 1
-                self._on_event(f"{hop.name} is lost ({error.message}); looking for others")
-            else:
-                self._on_event(f"{hop.name} is passed over ({error.message})")
-        self._show()
-        return failure or BlocksMissing("the chain broke")
-
-    def release_leavers(self) -> None:
-        """Peers that said that they leave are replaced while they still answer, if there are others."""
-        leaving = [hop for hop in self.hops if hop.leaving]
-        for hop in leaving:
-            try:
-                links = self._choose(hop.link.span)
-            except BlocksMissing:
-                return  # better one that will leave than none
-            if not self._blame.avoided().isdisjoint(link.peer.peer_id for link in links):
-                return
-        for hop in leaving:
-            self._on_event(f"{hop.name} is leaving; looking for others")
-            self._stats.reroutes += 1
-            self.is_whole = False
-            self.hops.remove(hop)
-            self._left.append(hop)
-
-    def forsake(self) -> None:
-        """Whatever the peers hold of the session is of no more use."""
-        hops, self.hops, self._left = [*self.hops, *self._left], [], []
-        self.is_whole = False
-        for hop in hops:
-            hop.dismiss()
-
-    async def close(self) -> None:
-        """Frees the session on all its peers."""
-        hops, self.hops, self._left = [*self.hops, *self._left], [], []
-        self.is_whole = False
-        async with asyncio.TaskGroup() as tasks:
-            for hop in hops:
-                tasks.create_task(hop.close())
-
-    # ------------------------------------------------------------------ making it whole
-
-    async def mend(self, log: StepLog, step_id: int, trial: Trial) -> None:
-        """Makes the chain whole and sends what the first hop lacks; waits for peers as long as patience lasts.
-
-        Args:
-            log: what entered the first block.
-            step_id: the first step whose result the client lacks.
-
-        Raises:
-            BlocksMissing: named blocks had no peer, or none that answered, for too long.
-            ChainBroken: a hop failed after all had answered.
-        """
-        said = ""
-        while True:
-            self.epoch += 1
-            try:
-                opened = await self._open(trial)
-            except (BlocksMissing, ChainBroken) as broken:
-                failure = broken if isinstance(broken, BlocksMissing) else self.give_up(broken.losses, trial)
-                if trial.exhausted:
-                    if failure.message != said:
-                        said = failure.message
-                        self._on_event(f"waiting: {said}")
-                    await self._peers.refresh()
-                await trial.again(failure)
-                continue
-            renewed = to_renew(opened, step_id, stateless=self._spec.stateless)
-            if not renewed:
-                break
-            for index in renewed:
-                self.hops[index].begun = False
-        if self._stats.reroutes or said:
-            self._on_event("the chain is now " + " -> ".join(hop.name for hop in self.hops))
-        await self._connect(opened, log, step_id)
-        for hop in self._left:
-            hop.dismiss()
-        self._left.clear()
-
-    async def _open(self, trial: Trial) -> list[Opened]:
-        """Fills the gaps and opens all hops at once under the present epoch.
-
-        Raises:
-            BlocksMissing: blocks have no peer.
-            ChainBroken: hops did not open.
-        """
-        gaps = missing_spans([hop.link.span for hop in self.hops], self._spec.n_blocks)
-        try:
-            links = [self._choose(gap, without=trial.lost) for gap in gaps]
-        except BlocksMissing:
-            trial.lost.clear()
-            trial.exhausted = True
-            links = [self._choose(gap) for gap in gaps]
-        for link in itertools.chain(*links):
-            self.hops.append(Hop(link, self._peers.channel(link.peer), self._secret, self.inbox))
+    def add(self, links: Iterable[Link]) -> None:
+        """Makes hops for these links, which are not open yet."""
+        self.hops += [Hop(link, self._peers.channel(link.peer), self._secret, self.inbox) for link in links]
         self.hops.sort(key=lambda hop: hop.link.span)
-        states = await asyncio.gather(*(self._attach(hop) for hop in self.hops))
-        while not self.inbox.empty():  # of older epochs, all of it
-            self.inbox.get_nowait()
-        outcomes = list(zip(self.hops, states, strict=True))
-        losses = [Loss(hop, state) for hop, state in outcomes if isinstance(state, PotluckError)]
-        losses += [
-            Loss(hop, PeerLost(f"the stream to {hop.name} has ended"), resumable=True)
-            for hop, state in outcomes
-            if isinstance(state, Opened) and not hop.is_open
-        ]
-        if losses:
-            raise ChainBroken(*losses)
-        for hop in self.hops:
-            self._blame.forgive(hop.link.peer.peer_id)
-        return [state for state in states if isinstance(state, Opened)]
 
-    def _choose(self, gap: Span, without: Collection[str] = ()) -> tuple[Link, ...]:
-        """Peers for the blocks `gap`, of those that this session can use, `without` those of these ids.
+    def let_leave(self, hop: Hop) -> None:
+        """The hop's peer leaves: it is no more of the chain, but keeps its session until others are in its place."""
+        self.is_whole = False
+        self.hops.remove(hop)
+        self.leavers.append(hop)
 
-        Raises:
-            BlocksMissing: some have none.
-        """
-        leaving = {hop.link.peer.peer_id for hop in [*self.hops, *self._left] if hop.leaving}
-        leaving.update(without)
-        able = [p for p in self._peers.peers() if self._spec.codec in p.codecs and p.peer_id not in leaving]
-        at_start = {hop.link.span.start: hop.link.peer.peer_id for hop in self.hops}
-        at_stop = {hop.link.span.stop: hop.link.peer.peer_id for hop in self.hops}
-        return choose_chain(
-            able,
-            gap,
-            times=self._peers.times(),
-            avoid=self._blame.avoided(),
-            relayed=self._blame.cut_edges(),
-            rules=self._config.rules,
-            previous=at_stop.get(gap.start),
-            following=at_start.get(gap.stop),
-            cuts=self._peers.cuts(),
-            kv_tokens=self._spec.batch * self._spec.max_tokens,
-        )
+    def dismiss_leavers(self) -> None:
+        """Others are in the place of those that leave."""
+        for hop in self.leavers:
+            hop.dismiss()
+        self.leavers.clear()
 
-    async def _attach(self, hop: Hop) -> Opened | PotluckError:
-        """Opens the session on the hop's peer, or takes it up there. An error is a value, so that all are heard."""
-        hop.edge, hop.relayed = secrets.token_bytes(EDGE_BYTES), False
-        spec = self._spec
-        request = Open(
-            hop.session_id,
-            self.epoch,
-            spec.fingerprint,
-            hop.link.span,
-            spec.codec,
-            spec.batch,
-            spec.max_tokens,
-            resume=hop.begun,
-            stateless=spec.stateless,
-            edge=hop.edge,
-        )
-        patience_s = self._config.step_timeout_s if hop.begun else self._config.open_timeout_s
-        try:
-            signed = self._peers.signed(request, hop.link.peer)
-            return await hop.attach(signed, self._config.probe_timeout_s, patience_s)
-        except PotluckError as error:
-            return error
-
-    async def _connect(self, opened: Sequence[Opened], log: StepLog, step_id: int) -> None:
-        """Tells each hop where its outputs go, and the first one what it lacks."""
-        cut = self._blame.cut_edges()
-        lacks = [lacking(state, step_id, stateless=self._spec.stateless) for state in opened]
-        for (before, after), next_step in zip(itertools.pairwise(self.hops), lacks[1:], strict=True):
-            before.relayed = (before.link.peer.peer_id, after.link.peer.peer_id) in cut
-            self._route(before, after, next_step)
-        self._route(self.hops[-1], None, step_id)
-        self.is_whole = True
-        self._show()
-        for entry in log.since(lacks[0]):
-            if entry.step_id < step_id:
-                self._stats.replayed_tokens += entry.rows * entry.tokens
-            await self.send(self.hops[0], entry.step(self.epoch))
-
-    def _route(self, hop: Hop, after: Hop | None, next_step: int) -> None:
-        if after is None or hop.relayed:
-            route = Route(self.epoch, next_step)
-        else:
-            route = Route(self.epoch, next_step, after.link.peer.peer_id, after.edge)
-        try:
-            hop.route(route)
-        except PeerError as error:
-            raise ChainBroken(Loss(hop, error, resumable=True)) from error
-
-    def expected_s(self) -> float:
-        """Seconds that a step of one token should take along the chain, by what is known of its peers."""
-        times, total_ms = self._peers.times(), 0.0
-        for hop in self.hops:
-            peer, blocks = hop.link.peer, len(hop.link.span)
-            said_ms = (peer.step_ms or 0.0) * blocks / len(peer.span) + (peer.queue_ms or 0.0)
-            total_ms += times.expected_ms(peer.peer_id, blocks, 1) or said_ms
-            total_ms += times.rtts_ms.get(peer.peer_id, 0.0)
-        return total_ms / 1e3
-
-    def costs(self) -> tuple[HopCost, ...]:
-        """What the hops should take for chunks of a prompt, by what is known of their peers."""
-        times, peers = self._peers.times(), [hop.link.peer for hop in self.hops]
-        costs = []
-        for hop, block_ms in zip(self.hops, block_times_ms(peers, times, 1), strict=True):
-            token_ms = times.of(hop.link.peer.peer_id).token_ms
-            blocks = len(hop.link.span)
-            costs.append(
-                HopCost(
-                    HOP_MS + blocks * block_ms,
-                    blocks * (block_ms / SHARED if token_ms is None else token_ms),
-                    hop.link.peer.device or hop.link.peer.peer_id,
-                )
-            )
-        return tuple(costs)
-
-    def _show(self) -> None:
-        """Which hops answer now, for the record."""
+    def show(self) -> None:
+        """Tells the record which hops answer now."""
         peers = [hop.link.peer for hop in self.hops]
         ways = ways_ms(peers, self._peers.times(), self._blame.cut_edges())
         self._record.chain(self.links, ways, [hop.relayed for hop in self.hops])
 
-    def note(self, entry: Entry, result: Step) -> None:
-        """What the peers said of a step's cost, for routes to come."""
-        by_start = {hop.link.span.start: hop.link for hop in self.hops}
-        for cost in result.trace:
-            self._stats.compute_s += cost.compute_ms / 1e3
-            if (link := by_start.get(cost.start)) is not None:
-                self._peers.stopwatch.note(
-                    link.peer.peer_id,
-                    len(link.span),
-                    entry.tokens,
-                    cost.compute_ms,
-                    cost.queue_ms,
-                    cost.kv_tokens_left,
-                )
+    def forsake(self) -> None:
+        """Whatever the peers hold of the session is of no more use."""
+        for hop in self._emptied():
+            hop.dismiss()
+
+    async def close(self) -> None:
+        """Frees the session on all its peers."""
+        async with asyncio.TaskGroup() as tasks:
+            for hop in self._emptied():
+                tasks.create_task(hop.close())
+
+    def _emptied(self) -> list[Hop]:
+        """The chain has no hops any more. Returns those it had."""
+        hops, self.hops, self.leavers = [*self.hops, *self.leavers], [], []
+        self.is_whole = False
+        return hops
 
 
-def _as_missing(error: PotluckError, wanted: Span) -> PotluckError:
-    if isinstance(error, WireError | BlocksMissing):
-        return error
-    return BlocksMissing(
-        f"blocks {wanted} have no peer that serves them now ({error.message})",
-        missing=[str(wanted)],
-        retry_after_s=error.retry_after_s,
-    )
+def edge_of(before: Hop, after: Hop) -> Edge:
+    """What blame calls the edge between two hops."""
+    return before.link.peer.peer_id, after.link.peer.peer_id

@@ -22,20 +22,22 @@ from client.batches import Portion, plan
 from client.chain import Link, agreed_codec
 from client.chunks import LEAST_TOKENS, HopCost, chunk_tokens
 from client.config import ClientConfig
-from client.open_chain import SessionSpec, SessionStats
+from client.encoding import chunk_of, decoded, entry_of, row_axis, rows_of, wire_ops
+from client.peers import ModelPeers
+from client.recorder import Recorder
 from client.session import Session
-from client.swarm import ModelPeers, Swarm
+from client.spec import SessionSpec
+from client.stats import SessionStats
+from client.swarm import Swarm
 from client.times import Times
-from client.trace import Recorder
 from dht.record import PeerRecord
-from protocol.errors import BlocksMissing, Doubted, Implausible, PeerFault
-from protocol.journal import Entry, Part
-from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult, TensorSpec, token_axis
-from protocol.messages import CacheOp as WireOp
+from protocol.errors import BlocksMissing, Doubted, Implausible
+from protocol.journal import Entry
+from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, StepResult
 from protocol.span import Span
 from slicing import CacheOp, RemoteCache
 from slicing.plausible import check_plausible
-from tensor_codecs import codec, dtype_name, dtype_of, names
+from tensor_codecs import names
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Reservation:
     """What a cache's handle is before its session begins: tokens per row that it will hold, 0 if not known."""
 
     max_tokens: int = 0
@@ -115,7 +117,7 @@ class RemoteBlocks:
         finally:
             self._last(session)
         cache.pending.clear()
-        outputs = [self._plausible(session, _decoded(result, hidden)) for result in results]
+        outputs = [self._plausible(session, decoded(result, hidden)) for result in results]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
     def _plausible(self, session: Session, output: Tensor) -> Tensor:
@@ -147,10 +149,10 @@ class RemoteBlocks:
             seen = peers.planned({link.peer.peer_id for link in portion.chain})
             session = self._new_session(seen, codec_name, rows=portion.stop - portion.start, stateless=True)
             sessions.append(session)
-            steps.append(partial(session.step, _entry(_rows(whole, portion), 0, (), codec_name)))
+            steps.append(partial(session.step, entry_of(rows_of(whole, portion), 0, (), codec_name)))
         try:
             results = self._swarm.call(_all_of(steps))
-            outputs = [self._plausible(s, _decoded(r, hidden)) for s, r in zip(sessions, results, strict=True)]
+            outputs = [self._plausible(s, decoded(r, hidden)) for s, r in zip(sessions, results, strict=True)]
         finally:
             self._last(max(sessions, key=lambda session: session.spec.batch))
             self._swarm.call(_all_of([session.close for session in sessions]))
@@ -160,7 +162,7 @@ class RemoteBlocks:
         """Which rows take which chain; all of them an open one, where they cannot be split or no chain is there yet."""
         rows, tokens = whole[HIDDEN].shape[-3:-1]
         together = (Portion(0, rows, ()),)
-        if any(tensor.shape[_row_axis(name)] not in (1, rows) for name, tensor in whole.items()):
+        if any(tensor.shape[row_axis(name)] not in (1, rows) for name, tensor in whole.items()):
             return together
         records, times, avoid = self._swarm.call(_survey(peers, self._swarm))
         try:
@@ -220,7 +222,7 @@ class RemoteBlocks:
         if isinstance(cache.handle, Session):
             return cache.handle
         peers = self._swarm.peers_of(self.fingerprint)
-        max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Plan) else 0
+        max_tokens = cache.handle.max_tokens if isinstance(cache.handle, Reservation) else 0
         session = self._new_session(peers, self._codec(peers), rows, max_tokens=max_tokens)
         if cache.handle is _INTERRUPTED:
             raise CancelledError
@@ -254,11 +256,11 @@ class RemoteBlocks:
     ) -> Iterator[Entry]:
         """A pass as it travels: a long prompt in chunks, of which the first brings the operations."""
         total, size = whole[HIDDEN].shape[-2], self._chunk_tokens(whole[HIDDEN], session)
-        wire_ops = _wire_ops(ops, session, start)
+        left = wire_ops(ops, session.position, start)
         for offset in range(0, total, size):
-            chunk = whole if size >= total else _chunk(whole, start, offset, min(size, total - offset))
-            yield _entry(chunk, start + offset, wire_ops, session.spec.codec)
-            wire_ops = ()
+            chunk = whole if size >= total else chunk_of(whole, start, offset, min(size, total - offset))
+            yield entry_of(chunk, start + offset, left, session.spec.codec)
+            left = ()
 
     def _chunk_tokens(self, hidden: Tensor, session: Session) -> int:
         """Tokens per row of one chunk. Chains are opened first, for prompts of which it is worth to know."""
@@ -288,60 +290,3 @@ async def _all_of(work: Sequence[Callable[[], Coroutine[Any, Any, Result]]]) -> 
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
     return [task.result() for task in running]
-
-
-def _chunk(tensors: dict[str, Tensor], start: int, offset: int, length: int) -> dict[str, Tensor]:
-    """The tokens `[offset, offset + length)` of a prompt that begins at token `start`; masks cover the past too."""
-    return {
-        name: tensor[:, : start + offset + length]
-        if name == ATTENTION_MASK
-        else tensor.narrow(token_axis(name), offset, length)
-        for name, tensor in tensors.items()
-    }
-
-
-def _row_axis(name: str) -> int:
-    """Where a step's tensor counts its rows: [..., rows, tokens, width], or for positions [..., rows, tokens]."""
-    return {HIDDEN: -3, POSITION_IDS: -2}.get(name, 0)
-
-
-def _rows(tensors: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:
-    """The portion's rows of each tensor; what is the same for all rows goes to all portions."""
-    start, count = portion.start, portion.stop - portion.start
-    return {
-        name: tensor if tensor.shape[_row_axis(name)] == 1 else tensor.narrow(_row_axis(name), start, count)
-        for name, tensor in tensors.items()
-    }
-
-
-def _entry(tensors: dict[str, Tensor], position: int, ops: tuple[WireOp, ...], codec_name: str) -> Entry:
-    hidden = tensors[HIDDEN]
-    parts = tuple(_part(name, tensor, codec_name) for name, tensor in tensors.items())
-    return Entry(position, tokens=hidden.shape[-2], rows=hidden.shape[-3], parts=parts, ops=ops)
-
-
-def _part(name: str, tensor: Tensor, codec_name: str) -> Part:
-    # Masks and positions must arrive as they are; what blocks compute with is compressed.
-    chosen = codec(codec_name if tensor.is_floating_point() else "none")
-    payload = chosen.encode(tensor)
-    spec = TensorSpec(name, chosen.name, dtype_name(tensor.dtype), tuple(tensor.shape), len(payload))
-    return Part(spec, payload)
-
-
-def _decoded(result: StepResult, like: Tensor) -> Tensor:
-    for spec, payload in result.step.parts():
-        if spec.name == HIDDEN:
-            decoded = codec(spec.codec).decode(payload, spec.shape, dtype_of(spec.dtype), like.device)
-            return decoded.to(like.dtype)
-    raise PeerFault("the last peer of the chain gave no hidden states")
-
-
-def _wire_ops(ops: tuple[CacheOp, ...], session: Session, tokens: int) -> tuple[WireOp, ...]:
-    """The operations as they travel. A session that is ahead of the head (a step was given up half-way) is cropped."""
-    wire: list[WireOp] = []
-    for op in ops:
-        value = op.value
-        wire.append(WireOp(op.kind, () if value is None else value if isinstance(value, tuple) else (value,)))
-    if session.position > tokens and not any(op.kind in ("crop", "reset") for op in wire):
-        wire.append(WireOp("crop", (tokens,)))
-    return tuple(wire)

@@ -2,8 +2,8 @@
 
 The life of a step, top to bottom: `run` sends the input to the first hop; the peers push it from one to the next; the
 last one's result ends it. The chunks of a prompt follow one another without waiting for results. Where a hop fails, the
-chain is mended and goes on with the same steps (`client.open_chain`). Where nothing comes in time, `_inquire` asks the
-hops where the step is (`client.inquest`).
+chain is mended and goes on with the same steps (`client.mender`). Where nothing comes in time, the hops are asked where
+the step is (`client.inquiry`).
 
 Everything that crosses is already encoded: tensors are the caller's business (`client.remote`).
 """
@@ -17,19 +17,25 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from client import inquest
 from client.audit import Auditor
 from client.blame import Blame
 from client.chain import Link
 from client.chunks import HopCost
 from client.config import ClientConfig
 from client.deadline import LEAST_S, StepTimes
+from client.forecast import expected_s, hop_costs, learn
 from client.hop import Hop
+from client.inquiry import ASK_AGAIN_S, Inquiry
 from client.ledger import broken_edge
-from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
-from client.trace import Recorder
+from client.loss import ChainBroken, Loss
+from client.mender import Mender
+from client.open_chain import OpenChain
+from client.peers import Peers
+from client.recorder import Recorder
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.trial import Patience, Trial
-from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
+from protocol.errors import PeerFault, PotluckError, WireError
 from protocol.journal import Entry, StepLog
 from protocol.limits import IN_FLIGHT
 from protocol.messages import HIDDEN, Notice, Step, StepResult
@@ -37,12 +43,6 @@ from protocol.receipts import digest
 from tensor_codecs import codec, dtype_of
 
 logger = logging.getLogger(__name__)
-
-ASK_AGAIN_S = 0.3  # after trouble in the same step or the one before it, once something was done about it
-STUCK_S = 0.25  # between two looks at a step that has left one hop and not reached the next
-BUSY_LOOK_S = (0.25, 2.0)  # between two looks at a hop that is at work, shortest and longest
-SLOWEST_BYTES_PER_S = 128 << 10  # of a line that is slow, and not cut
-BUSY_FACTOR = 4.0  # of `step_timeout_s`: for so long a step may move on and never come
 
 
 class Session:
@@ -67,10 +67,12 @@ class Session:
         self.spec = spec
         self.stats = SessionStats()
         self.record = Recorder(spec.n_blocks, self.stats)
+        self._peers = peers
         self._on_event = on_event
         self._config = config
-        self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
+        self._chain = OpenChain(peers, blame, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
+        self._mender = Mender(self._chain, self._log, spec, peers, blame, config, self.stats, self._tell)
         self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell)
         self._times = StepTimes()
         self._step_id = 0
@@ -110,7 +112,7 @@ class Session:
         started_s = time.perf_counter()
         async with self._turn():
             flight = _Flight([replace(entry, step_id=self._step_id + i) for i, entry in enumerate(entries)])
-            self._chain.release_leavers()
+            self._mender.release_leavers()
             try:
                 results = [await self._next_result(flight) for _ in entries]
             except BaseException:
@@ -135,11 +137,11 @@ class Session:
                     try:
                         await self._mend(self._step_id, trial)
                     except ChainBroken as broken:
-                        await trial.again(self._chain.give_up(broken.losses, trial))
+                        await trial.again(self._mender.give_up(broken.losses, trial))
             except BaseException:
                 self._chain.forsake()
                 raise
-            return self._chain.costs()
+            return hop_costs(self._chain.links, self._peers.times())
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -171,7 +173,7 @@ class Session:
                     await chain.send(chain.hops[0], ahead.step(chain.epoch))
                 result = await self._result(first, trial)
             except ChainBroken as broken:
-                await trial.again(chain.give_up(broken.losses, trial))
+                await trial.again(self._mender.give_up(broken.losses, trial))
                 continue
             flight.done += 1
             self._wary = trial.mended
@@ -179,22 +181,26 @@ class Session:
             took_s = time.monotonic() - (sent_s if is_timed else flight.began_s)
             self.record.step(chain.links, result.step.trace, took_s, is_timed=is_timed)
             if is_alone:  # others wait for those before them, which says nothing of the chain
-                chain.note(first, result.step)
+                self._learn(first, result.step)
                 if not trial.disturbed:
                     self._times.note(first.tokens, time.monotonic() - started_s)
             return result
+
+    def _learn(self, entry: Entry, result: Step) -> None:
+        self.stats.compute_s += sum(cost.compute_ms for cost in result.trace) / 1e3
+        learn(self._chain.links, entry.tokens, result.trace, self._peers.stopwatch)
 
     def _tell(self, what: str) -> None:
         self.record.event(what)
         self._on_event(what)
 
     async def _mend(self, step_id: int, trial: Trial) -> None:
-        await self._chain.mend(self._log, step_id, trial)
-        self._times.prior_s = self._chain.expected_s()
+        await self._mender.mend(step_id, trial)
+        self._times.prior_s = expected_s(self._chain.links, self._peers.times())
 
     async def _result(self, entry: Entry, trial: Trial) -> StepResult:
         """Waits for the step's result; carries to the next hop what could not be pushed there."""
-        chain, late = self._chain, _Late()
+        chain, inquiry = self._chain, Inquiry(entry, trial, self._chain, self._peers, self._config)
         # Trouble seldom comes alone, and to ask costs little.
         timeout_s = self._times.allowance_s(entry.tokens, ASK_AGAIN_S if self._wary else LEAST_S)
         if trial.disturbed:
@@ -205,13 +211,13 @@ class Session:
                     heard = await chain.inbox.get()
             except TimeoutError:
                 trial.disturbed = True
-                timeout_s = await self._inquire(entry, late, trial)
+                timeout_s = await inquiry.look()
                 continue
             hop, what = heard.hop, heard.what
             if hop not in chain.hops or isinstance(what, Notice):
                 continue
             if isinstance(what, PotluckError):
-                raise self._failure(hop, what, trial)
+                raise self._mender.diagnose(hop, what, trial)
             if what.step.epoch != chain.epoch:
                 continue
             if hop is not chain.hops[-1]:
@@ -232,50 +238,7 @@ class Session:
         self.stats.bytes_sent = sum(hop.bytes_sent for hop in self._chain.hops)
         self.stats.bytes_received = sum(hop.bytes_received for hop in self._chain.hops)
 
-    # ------------------------------------------------------------------ when something is wrong
-
-    def _failure(self, hop: Hop, error: PotluckError, trial: Trial) -> ChainBroken | PotluckError:
-        """What an error that a hop reported means for the chain."""
-        if isinstance(error, StaleEpoch):
-            return ChainBroken(Loss(hop, error, resumable=True))
-        if isinstance(error, PeerError):
-            return ChainBroken(Loss(hop, error, resumable=isinstance(error, PeerLost)))
-        if not isinstance(error, WireError):
-            return ChainBroken(Loss(hop, PeerFault(f"the peer said what none should: {error.message}")))
-        trial.nonsense += 1
-        if trial.nonsense > 1:
-            return error
-        # A peer found nonsense in what it was sent. Whether it, the one before it, or this client is to blame cannot be
-        # told from one case.
-        index = self._chain.hops.index(hop)
-        return ChainBroken(*(Loss(suspect, error) for suspect in self._chain.hops[max(0, index - 1) : index + 1]))
-
-    async def _inquire(self, entry: Entry, late: _Late, trial: Trial) -> float:
-        """The step is late: asks all hops where it is. Returns after how many seconds to ask again.
-
-        Raises:
-            ChainBroken: hops are silent, or have been at it for too long.
-        """
-        chain, slack_s = self._chain, entry.nbytes / SLOWEST_BYTES_PER_S
-        reports = await chain.reports(self._config.probe_timeout_s, slack_s)
-        verdict = inquest.judge(reports, entry.step_id)
-        silent = [(chain.hops[i], reports[i]) for i in verdict.lost]
-        if losses := [Loss(hop, error) for hop, error in silent if isinstance(error, PotluckError)]:
-            raise ChainBroken(*losses)
-        late.look(inquest.signs_of_life(reports, verdict))
-        for_ever_s = BUSY_FACTOR * self._config.step_timeout_s + slack_s
-        if verdict.busy is not None:
-            hop = chain.hops[verdict.busy]
-            if late.lasts_s > self._config.step_timeout_s or late.total_s > for_ever_s:
-                raise ChainBroken(Loss(hop, PeerLost(f"{hop.name} has been at one step for {late.total_s:.0f} s")))
-            return _between(verdict.expected_s, *BUSY_LOOK_S)
-        assert verdict.stuck is not None
-        if late.lasts_s < STUCK_S + slack_s and late.total_s < for_ever_s:
-            return STUCK_S
-        chain.unblock(verdict.stuck, reports)
-        trial.mended = True
-        late.forget()
-        return ASK_AGAIN_S
+    # ------------------------------------------------------------------ is the result what it should be
 
     def _check(self, result: StepResult, entry: Entry, hop: Hop) -> None:
         """Raises ChainBroken unless the last hop gave back hidden states as large as it was given, encoded as asked,
@@ -293,7 +256,7 @@ class Session:
         trace = result.step.trace
         edge = broken_edge(entry.digest(), trace, digest(result.step.position, result.step.parts()))
         if edge is not None:
-            raise ChainBroken(*self._chain.distrust(self._suspects(result.step, edge)))
+            raise self._mender.distrust(self._suspects(result.step, edge))
 
     def _suspects(self, step: Step, edge: int) -> list[int]:
         """Where those hops begin one of which lies about what went over the edge after `edge` hops."""
@@ -301,6 +264,8 @@ class Session:
         if before and after and (carried := self._carried.get((step.step_id, after[0].start))) is not None:
             return [after[0].start if carried == before[0].sent else before[0].start]  # this client has seen it itself
         return [said.start for said in (*before, *after)] or [self._chain.hops[-1].link.span.start]
+
+    # ------------------------------------------------------------------ its end
 
     def interrupt(self) -> None:
         """Cancels the pass under way, and any later one: nobody waits for their results any more."""
@@ -348,34 +313,3 @@ class _Flight:
             return None
         self.sent += 1
         return self.steps[self.sent - 1]
-
-
-class _Late:
-    """What inquests about one step found so far."""
-
-    def __init__(self) -> None:
-        self._seen: object = None
-        self._first_s = self._since_s = time.monotonic()
-
-    def look(self, signs: object) -> None:
-        """Notes whether anything has changed since the last look."""
-        if signs != self._seen:
-            self._seen, self._since_s = signs, time.monotonic()
-
-    def forget(self) -> None:
-        """Something was done about it."""
-        self._seen = None
-
-    @property
-    def lasts_s(self) -> float:
-        """For how long nothing has changed."""
-        return time.monotonic() - self._since_s
-
-    @property
-    def total_s(self) -> float:
-        """Since the first question."""
-        return time.monotonic() - self._first_s
-
-
-def _between(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)

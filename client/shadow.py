@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from client.chain import Link
-from client.hop import Hop, Inbox
-from client.open_chain import Peers, SessionSpec
-from client.tolerance import Kind, bound
+from client.hop import Hop
+from client.inbox import Inbox
+from client.peers import Peers
+from client.spec import SessionSpec
+from client.tolerance import Kind, bound, kind_of
 from protocol.errors import PeerFault, PeerLost, PotluckError, SessionLost, WireError
 from protocol.journal import Entry, Journal
-from protocol.limits import EDGE_BYTES, SESSION_ID_BYTES
-from protocol.messages import HIDDEN, CacheOp, Open, Route, StepResult
+from protocol.limits import SESSION_ID_BYTES
+from protocol.messages import HIDDEN, CacheOp, Route, StepResult
 from tensor_codecs import codec, dtype_of
 
 EPOCH = 1  # a shadow has no other
@@ -57,7 +59,7 @@ class Shadow:
     @property
     def kind(self) -> Kind:
         """What the peer with the coarsest numbers computes with: results are as good as the worst of them."""
-        kinds = [Kind(hop.link.peer.dtype, hop.link.peer.quantization) for hop in self._hops]
+        kinds = [kind_of(hop.link.peer) for hop in self._hops]
         return max(kinds, key=lambda kind: bound(kind, Kind("float32"), "none"))
 
     @property
@@ -71,9 +73,7 @@ class Shadow:
         Raises:
             PotluckError: one of them does not.
         """
-        for hop in self._hops:
-            hop.edge = secrets.token_bytes(EDGE_BYTES)
-        requests = [self._peers.signed(self._opening(hop), hop.link.peer) for hop in self._hops]
+        requests = [self._peers.signed(hop.opening(self._spec, EPOCH), hop.link.peer) for hop in self._hops]
         attaching = (hop.attach(r, timeout_s, patience_s) for hop, r in zip(self._hops, requests, strict=True))
         for outcome in await asyncio.gather(*attaching, return_exceptions=True):  # so that all are heard
             if isinstance(outcome, BaseException):
@@ -81,19 +81,6 @@ class Shadow:
         for before, after in itertools.pairwise(self._hops):
             before.route(Route(EPOCH, 0, after.link.peer.peer_id, after.edge))
         self._hops[-1].route(Route(EPOCH, 0))
-
-    def _opening(self, hop: Hop) -> Open:
-        spec = self._spec
-        return Open(
-            hop.session_id,
-            EPOCH,
-            spec.fingerprint,
-            hop.link.span,
-            spec.codec,
-            spec.batch,
-            spec.max_tokens,
-            edge=hop.edge,
-        )
 
     async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
         """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].

@@ -11,17 +11,16 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Protocol, TypeVar
-
-import grpc
 
 from client.blame import Blame
 from client.channels import CLOSE_TIMEOUT_S, Channels
 from client.config import ClientConfig
+from client.peers import ModelPeers
 from client.pinger import Pinger
-from client.times import Stopwatch, Times
+from client.times import Stopwatch
 from dht.background import background
 from dht.config import DhtConfig
 from dht.locate import locate_swarm
@@ -31,7 +30,6 @@ from dht.view import SwarmReader, SwarmView, reading
 from protocol.credentials import ClientKey, Credentials
 from protocol.errors import PotluckError, SwarmNotFound, UnknownModel
 from protocol.join_token import read_join_token
-from protocol.limits import WIRE_VERSION
 from protocol.loop import new_event_loop
 from protocol.messages import Open
 from protocol.settings import load
@@ -251,52 +249,3 @@ def _credentials(config: ClientConfig, base: DhtConfig) -> Credentials:
     """
     key = ClientKey.load_or_create(base.home_folder) if config.keep_key else ClientKey.ephemeral()
     return Credentials(key, read_join_token(base.join_token))
-
-
-class ModelPeers:
-    """One model's peers in a swarm; what a session needs.
-
-    Args:
-        planned: ids of peers that a plan chose: the only ones to be seen, as long as all are there and none has failed.
-    """
-
-    def __init__(self, swarm: Swarm, fingerprint: str, planned: Collection[str] = ()) -> None:
-        self._swarm = swarm
-        self._fingerprint = fingerprint
-        self._planned = frozenset(planned)
-
-    def peers(self) -> Sequence[PeerRecord]:
-        online = self._swarm.view.online(self._fingerprint)
-        able = [peer for peer in online if peer.addresses and peer.wire_version == WIRE_VERSION]
-        if not self._planned or self._planned & self._swarm.blame.avoided():
-            return able
-        planned = [peer for peer in able if peer.peer_id in self._planned]
-        return planned if len(planned) == len(self._planned) else able
-
-    def cuts(self) -> tuple[int, ...] | None:
-        """The blocks before which the model may be cut; None: its peers do not say, or anywhere."""
-        model = self._swarm.view.model(self._fingerprint)
-        return (model.cuts or None) if model is not None else None
-
-    def planned(self, peer_ids: Collection[str]) -> ModelPeers:
-        """The same, seen as a plan chose."""
-        return ModelPeers(self._swarm, self._fingerprint, peer_ids)
-
-    @property
-    def stopwatch(self) -> Stopwatch:
-        """To be told of peers' replies."""
-        return self._swarm.stopwatch
-
-    def times(self) -> Times:
-        """What this client has measured itself."""
-        return self._swarm.stopwatch.snapshot()
-
-    def signed(self, request: Open, peer: PeerRecord) -> Open:
-        """The request, as this peer takes it from this client."""
-        return self._swarm.signed(request, peer)
-
-    async def refresh(self) -> None:
-        await self._swarm.look_again()
-
-    def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
-        return self._swarm.channels.to(peer, doubted=peer.peer_id in self._swarm.blame.avoided())

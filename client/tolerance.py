@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from dht.record import PeerRecord
+
 MARGIN: Final = 4.0
 """Times the largest distance that rounding was measured to put between honest peers of a small model."""
 WEIGHTS_MARGIN: Final = 2.0
@@ -36,6 +38,11 @@ class Kind:
 
     dtype: str = ""
     quantization: str = ""
+
+
+def kind_of(peer: PeerRecord) -> Kind:
+    """What the peer says that it computes with."""
+    return Kind(peer.dtype, peer.quantization)
 
 
 def bound(one: Kind, other: Kind, codec: str) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dht.maddr import Maddr
 from protocol.errors import ConfigError
+from protocol.hosts import is_loopback
 
 SECTION = "dashboard"
 
@@ -86,7 +87,7 @@ class DashboardConfig:
     @property
     def is_private(self) -> bool:
         """Is the page there for this machine only?"""
-        return ipaddress.ip_address(self.host).is_loopback
+        return is_loopback(self.host)
 
     @property
     def shown_join(self) -> str | None:

@@ -6,7 +6,6 @@ nothing speaks against it.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from types import MappingProxyType
 
 from dht.record import ModelRecord, PeerRecord
 from dht.view import SwarmView
+from protocol.hosts import host_of, is_global
 from protocol.limits import WIRE_VERSION
 from protocol.span import Span, missing_spans
 
@@ -82,11 +82,7 @@ class PeerHealth:
     @property
     def has_private_address(self) -> bool:
         """Does it announce an address that only its own network can reach?"""
-        host = self.record.addresses[0].rpartition(":")[0].strip("[]") if self.record.addresses else ""
-        try:
-            return not ipaddress.ip_address(host).is_global
-        except ValueError:
-            return False
+        return bool(self.record.addresses) and not is_global(host_of(self.record.addresses[0]))
 
 
 @dataclass(frozen=True, slots=True)

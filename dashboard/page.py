@@ -1,7 +1,4 @@
-"""What the page says, word by word and cell by cell. Pure; templates only put it into HTML, and escape it.
-
-A cell of the grid is a glyph and a colour: it reads the same on paper, in grey, and by those who see few colours.
-"""
+"""What the page says, word by word. Pure; templates only put it into HTML, and escape it."""
 
 from __future__ import annotations
 
@@ -13,72 +10,16 @@ from itertools import islice
 from typing import Literal
 
 from dashboard import words
+from dashboard.advice import Advice, advice, reachability
 from dashboard.events import Event, name_of
+from dashboard.grid import CELLS, CROSS, PEERS_SHOWN, Grid, grid, shown_peers
 from dashboard.health import Health, ModelHealth, PeerHealth, Standing
 from protocol.limits import WIRE_VERSION
 from protocol.span import Span
 
-MAX_COLUMNS = 32
-"""Of the grid, so that it fits a phone; models of more blocks have several in a column."""
-PEERS_SHOWN = 100
-"""Of a model: those with trouble first. The JSON has them all."""
 EVENTS_SHOWN = 12
-TICKS = 6
 
 Tone = Literal["good", "thin", "bad", "idle"]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One place of the grid: what is drawn, its style, and what it means."""
-
-    glyph: str
-    style: str
-    word: str
-
-
-CROSS = "\N{MULTIPLICATION SIGN}"
-EMPTY = Cell("·", "none", "not served here")
-PARTLY = Cell("◧", "part", "a part of these blocks")
-CELLS = {
-    Standing.SERVING: Cell("■", "serving", "serves"),
-    Standing.UNASKED: Cell("□", "unasked", "serves, not asked yet"),
-    Standing.DRAINING: Cell("▽", "draining", "finishes, takes nothing new"),
-    Standing.JOINING: Cell("○", "joining", "loads"),
-    Standing.SILENT: Cell(CROSS, "silent", "does not answer"),
-}
-LEGEND = tuple(CELLS.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A peer in the grid; `text` says the same in words."""
-
-    name: str
-    cells: tuple[Cell, ...]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Peers x blocks.
-
-    Attributes:
-        ticks: the first block of each column, or "" where there is no room for it.
-        counts: how many peers serve each column, at least.
-        per_column: blocks in a column.
-    """
-
-    ticks: tuple[str, ...]
-    counts: tuple[Cell, ...]
-    rows: tuple[Row, ...]
-    per_column: int
-
-    @property
-    def legend(self) -> tuple[Cell, ...]:
-        """What the glyphs mean: of those that occur."""
-        drawn = {cell.style for row in self.rows for cell in row.cells}
-        return tuple(cell for cell in (*LEGEND, PARTLY, EMPTY) if cell.style in drawn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +58,6 @@ class ModelPart:
     grid: Grid
     peers: tuple[PeerLine, ...]
     more: int
-
-
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """What is wrong with reaching peers, and what their operators can do about it."""
-
-    trouble: str
-    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,41 +187,6 @@ def _facts(model: ModelHealth, for_s: str) -> Iterable[Fact]:
     yield Fact("Software", versions or "?", note)
 
 
-def shown_peers(peers: Sequence[PeerHealth]) -> list[PeerHealth]:
-    """At most `PEERS_SHOWN`, in order; where there are more, those are left out that have no trouble."""
-    chosen = sorted(range(len(peers)), key=lambda index: (peers[index].standing is Standing.SERVING, index))
-    return [peers[index] for index in sorted(chosen[:PEERS_SHOWN])]
-
-
-def grid(model: ModelHealth) -> Grid:
-    """Peers x blocks of a model, in at most `MAX_COLUMNS` columns."""
-    width = -(-model.n_blocks // MAX_COLUMNS)
-    places = [Span(start, min(start + width, model.n_blocks)) for start in range(0, model.n_blocks, width)]
-    step = max(1, -(-len(places) // TICKS))
-    ticks = tuple(str(place.start) if index % step == 0 else "" for index, place in enumerate(places))
-    counts = tuple(_count(min(model.replicas[place.start : place.stop]), place) for place in places)
-    rows = tuple(_row(peer, places) for peer in shown_peers(model.peers))
-    return Grid(ticks, counts, rows, width)
-
-
-def _count(peers: int, place: Span) -> Cell:
-    style = "gap" if peers == 0 else "single" if peers == 1 else "several"
-    return Cell(str(peers) if peers < 10 else "+", style, f"blocks {place}: {words.count(peers, 'peer')}")
-
-
-def _row(peer: PeerHealth, places: Sequence[Span]) -> Row:
-    name, drawn = name_of(peer), CELLS[peer.standing]
-    cells = []
-    for place in places:
-        if peer.record.span.covers(place):
-            cells.append(drawn)
-        elif peer.record.span.overlap(place):
-            cells.append(PARTLY if peer.counts else drawn)
-        else:
-            cells.append(EMPTY)
-    return Row(name, tuple(cells), f"blocks {peer.record.span}: {drawn.word}")
-
-
 def _line(peer: PeerHealth, now: float) -> PeerLine:
     record = peer.record
     state = CELLS[peer.standing]
@@ -321,53 +219,6 @@ def _line(peer: PeerHealth, now: float) -> PeerLine:
         facts=tuple(facts),
         claims=tuple(said),
     )
-
-
-def reachability(peers: Sequence[PeerHealth]) -> str:
-    """How many peers this page reaches, in one sentence."""
-    asked = [peer for peer in peers if peer.reach.answers is not None]
-    answering = sum(1 for peer in asked if peer.reach.answers)
-    if not asked:
-        return "No peer was asked yet whether it can be reached from here."
-    if answering == len(asked):
-        return f"This page reaches {'the only peer' if answering == 1 else f'all {answering} peers'} that it asked."
-    return f"This page reaches {answering} of {len(asked)} peers that it asked."
-
-
-def advice(peers: Sequence[PeerHealth]) -> Iterable[Advice]:
-    """What stands in the way of peers that cannot be used, and what to do about it."""
-    silent = [peer for peer in peers if peer.standing is Standing.SILENT]
-    private = [peer for peer in silent if peer.has_private_address and not peer.reach.ever]
-    lost = [peer for peer in silent if peer not in private]
-    if private:
-        yield Advice(
-            f"{_names(private)} {_verb(private)} an address of a network of its own: it cannot be reached from here.",
-            "Yours? Give it the address that others see: --announce-host NAME, and forward --port and --dht-port of"
-            " your router to it.",
-        )
-    if lost:
-        yield Advice(
-            f"{_names(lost)} cannot be reached.",
-            "Yours? See whether it still runs. If it does, others must reach both its ports, --port and --dht-port:"
-            " open them in the firewall; behind a router, forward them, and say --announce-host.",
-        )
-    strange = [peer for peer in peers if not peer.is_compatible]
-    if strange:
-        yield Advice(
-            f"{_names(strange)} cannot be used: another version of the protocol than {WIRE_VERSION}.",
-            "Yours? Update it: the newest Potluck speaks what most of this swarm speaks.",
-        )
-
-
-def _names(peers: Sequence[PeerHealth], shown: int = 3) -> str:
-    names = [name_of(peer) for peer in peers[:shown]]
-    if len(peers) > shown:
-        names.append(f"{len(peers) - shown} more")
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _verb(peers: Sequence[PeerHealth]) -> str:
-    return "announces" if len(peers) == 1 else "announce"
 
 
 _GLYPHS = {

@@ -15,6 +15,7 @@ from dashboard.history import open_history
 from dashboard.watch import Watch, watching
 from dht import ports
 from dht.config import DhtConfig
+from protocol.hosts import address, own_host
 
 HISTORY_FILE = "dashboard.sqlite3"
 LOOK_EVERY_S = 0.02
@@ -69,5 +70,4 @@ def _history_file(config: DashboardConfig, dht_config: DhtConfig) -> Path:
 
 
 def _url(host: str, port: int) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # all of this machine's
-    return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
+    return f"http://{address(own_host(host), port)}/"

@@ -45,6 +45,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def percent(part: float, whole: float) -> str:
+    """`41 %`; `none` of nothing."""
     return f"{100 * part / whole:.0f} %" if whole else "none"
 
 

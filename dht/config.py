@@ -7,6 +7,7 @@ from pathlib import Path
 
 from protocol import settings
 from protocol.errors import ConfigError
+from protocol.hosts import is_loopback
 
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104  # a peer is there to be reached; 127.0.0.1 keeps a swarm on this machine
 
@@ -87,4 +88,4 @@ class DhtConfig:
     @property
     def is_loopback(self) -> bool:
         """Does the node listen for this machine only?"""
-        return self.host.startswith("127.") or self.host in ("::1", "localhost")
+        return is_loopback(self.host)

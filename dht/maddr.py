@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol.errors import ConfigError
+from protocol.hosts import is_loopback
 
 EXAMPLE = "/ip4/203.0.113.5/tcp/4201/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
@@ -56,10 +57,7 @@ class Maddr:
     @property
     def is_loopback(self) -> bool:
         """Is it reachable from its own machine only?"""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     def __str__(self) -> str:
         return f"{self.transport}/p2p/{self.peer_id}"

@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, field
 
 from peer.bucket import Bucket
-from peer.reach.places import ip, seen_host
 from protocol.errors import PeerFull
+from protocol.hosts import ip, seen_host
 
 KEY_S = 600.0
 """So long a key counts as one of its address, after it was last seen: then another one may have its place."""

@@ -23,13 +23,13 @@ from peer.config import PeerConfig
 from peer.findings import Finding
 from peer.reach.dialback import answers, ask
 from peer.reach.moorings import Moorings
-from peer.reach.places import ip
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.tether import End
 from peer.reach.verdict import helpers, settle
 from peer.reach.whereabouts import announced_ips, own_end
 from protocol.channel import server_credentials, server_options
 from protocol.errors import ClockOff, ConfigError, SwarmNotFound
+from protocol.hosts import address, ip
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES
 
@@ -120,8 +120,8 @@ def _gpu(config: PeerConfig) -> Finding:
 
 def own_hosts() -> list[str]:
     """The IP addresses of this machine's interfaces, link-local ones left out."""
-    found = [ip(each.address) for addresses in psutil.net_if_addrs().values() for each in addresses]
-    return [str(address) for address in found if address is not None and not address.is_link_local]
+    found = [ip(each.address) for interface in psutil.net_if_addrs().values() for each in interface]
+    return [str(own) for own in found if own is not None and not own.is_link_local]
 
 
 async def _peers(node: SwarmNode) -> list[PeerRecord]:
@@ -135,11 +135,11 @@ async def _peers(node: SwarmNode) -> list[PeerRecord]:
 async def _listening(config: PeerConfig, identity: Identity) -> AsyncIterator[int]:
     """A port at which somebody answers with that identity's certificate, and says nothing else."""
     server = grpc.aio.server(options=server_options(MESSAGE_BYTES))
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    at = address(config.host, config.port)
     try:
-        port = server.add_secure_port(f"{host}:{config.port}", server_credentials(identity))
+        port = server.add_secure_port(at, server_credentials(identity))
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen at {host}:{config.port}") from error
+        raise ConfigError(f"cannot listen at {at}") from error
     await server.start()
     try:
         yield port

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from peer.compute import ComputeThread
+from peer.delivery import Delivery
 from peer.meter import Meter
 from peer.scheduler import CostModel, Piece, Scheduler
-from peer.session import Delivery, Session, SessionTable
+from peer.session import Session
+from peer.table import SessionTable
 from peer.tally import Tally
 from peer.work import Work, shape_of
 from peer.worker import Worker

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from peer.reach.places import ip, is_global, is_loopback
 from peer.reach.verdict import Position
+from protocol.hosts import ip, is_global, is_loopback
 
 Level = Literal["ok", "warning", "fault"]
 

@@ -23,31 +23,32 @@ from peer.compute import ComputeThread
 from peer.config import PeerConfig
 from peer.engine import Engine
 from peer.gate import Entry, Gate
+from peer.gauge import Gauge, probe_kv_bytes
+from peer.house import House
+from peer.intake import Intake
 from peer.links import Resolve, open_links
 from peer.meter import Meter
 from peer.receipts import Receipts
 from peer.scheduler import Scheduler
-from peer.service import PeerService, UnreadableAsEmpty
-from peer.session import Session, SessionTable
+from peer.service import PeerService
+from peer.session import Session
+from peer.table import SessionTable
 from peer.tally import Tally
+from peer.unreadable import UnreadableAsEmpty
 from peer.worker import Worker
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import server_credentials, server_options
 from protocol.errors import ConfigError
+from protocol.hosts import address
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES, PAYLOAD_BYTES, WIRE_VERSION
-from slicing import RaggedSpan, SpanCache, SpanModel, hasten, trouble
+from slicing import RaggedSpan, SpanModel, hasten, trouble
 from tensor_codecs import dtype_name, names
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 5.0  # between two looks for sessions to reclaim
-PROBE_TOKENS = 8
-MEASURED_STEPS = 5
-IDLE_S = 30.0  # without a step; then the speed is measured anew
-IDLE_LOOK_S = 5.0
-IDLE_STEPS = 3
 DRAIN_LOOK_S = 0.1
 HANDED_OVER_S = 3.0  # a session without a step for so long has gone on elsewhere, or will when it needs to
 HEADER_SLACK = 2.0  # payload bytes of a step over its hidden states in float32: masks, positions, extras
@@ -121,16 +122,9 @@ class SpanHost:
         self.engine = Engine(worker, self._compute, self.sessions, scheduler, self.meter, self.tally)
         bytes_per_s = math.inf if config.clients_mib_s is None else config.clients_mib_s * (1 << 20)
         gate = Gate(identity.peer_id, Accounts(config.allowance, bytes_per_s), entry)
-        self.service = PeerService(
-            gate,
-            self._describe,
-            self.sessions,
-            self.engine,
-            self._compute,
-            self._max_payload_bytes(),
-            self.tally,
-            Receipts(identity),
-        )
+        intake = Intake(self.sessions, gate.accounts, self._max_payload_bytes())
+        self.house = House(gate, self.sessions, intake, self.engine, self._compute, self.tally, Receipts(identity))
+        self.service = PeerService(self.house, self._describe)
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -162,14 +156,15 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, ragged, served, identity, config, kv_tokens, entry or Entry())
         try:
-            async with open_links(resolve, host.service.refused) as host.service.links:
+            async with open_links(resolve, host.service.refused) as host.house.links:
                 await host._listen(last_port)
                 try:
-                    host.meter.measured(await host._measure(MEASURED_STEPS), time.monotonic())
+                    gauge = Gauge(model, host.engine, host._compute, host.meter)
+                    await gauge.measure()
                     async with (
                         background(host.engine.run(), "engine"),
                         background(host._sweep(), "session-sweeper"),
-                        background(host._measure_when_idle(), "idle-measurement"),
+                        background(gauge.run(), "idle-measurement"),
                     ):
                         yield host
                 finally:
@@ -208,15 +203,15 @@ class SpanHost:
         )
         pb_grpc.add_PeerServicer_to_server(self.service, self._server)  # type: ignore[no-untyped-call]  # generated
         wanted = [self._config.port] if self._config.port or not last_port else [last_port, 0]
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         for port in wanted:
+            at = address(self._config.host, port)
             try:
-                self.port = self._server.add_secure_port(f"{host}:{port}", server_credentials(self.identity))
+                self.port = self._server.add_secure_port(at, server_credentials(self.identity))
                 break
             except RuntimeError as error:
                 if port == wanted[-1]:
                     raise ConfigError(
-                        f"cannot listen at {host}:{port}: is another program using it? choose another --port"
+                        f"cannot listen at {at}: is another program using it? choose another --port"
                     ) from error
         await self._server.start()
 
@@ -233,26 +228,6 @@ class SpanHost:
             if self.sessions.ended > ended or self.tally.computed["prefill"] > read:
                 ended, read = self.sessions.ended, self.tally.computed["prefill"]
                 await asyncio.to_thread(memory.give_back)
-
-    async def _measure_when_idle(self) -> None:
-        while True:
-            await asyncio.sleep(IDLE_LOOK_S)
-            if self.meter.idle_s(time.monotonic()) >= IDLE_S and not self._busy:
-                self.meter.measured(await self._measure(IDLE_STEPS), time.monotonic())
-
-    async def _measure(self, steps: int) -> float:
-        """Milliseconds of a one-token step through the whole span, the best of a few. Gives way to others' steps."""
-        cache = self.model.new_cache()
-        best_ms = await self._compute.run(_step_ms, self.model, cache)
-        for _ in range(steps - 1):
-            if self._busy:
-                break
-            best_ms = min(best_ms, await self._compute.run(_step_ms, self.model, cache))
-        return best_ms
-
-    @property
-    def _busy(self) -> bool:
-        return self.engine.queued > 0 or self._compute.queued > 0
 
     def _max_payload_bytes(self) -> int:
         bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
@@ -292,18 +267,3 @@ def batching(model: SpanModel, max_batch: int) -> RaggedSpan | None:
         logger.warning("steps of different sessions are computed one by one, since this model cannot batch: %s", reason)
         return None
     return RaggedSpan(model)
-
-
-def probe_kv_bytes(model: SpanModel) -> int:
-    """Bytes of cache per token over the whole span, by running a few tokens."""
-    cache = model.new_cache()
-    hidden, extras = model.example_inputs(PROBE_TOKENS)
-    model.step(hidden, cache, extras=extras)
-    return max(1, cache.nbytes() // PROBE_TOKENS)
-
-
-def _step_ms(model: SpanModel, cache: SpanCache) -> float:
-    hidden, extras = model.example_inputs(1)
-    started_s = time.perf_counter()
-    model.step(hidden, cache, extras=extras).cpu()  # a GPU has only been given its orders before
-    return (time.perf_counter() - started_s) * 1e3

@@ -24,6 +24,7 @@ from peer.host import SpanHost
 from peer.standing import Standing
 from peer.tally import Histogram
 from protocol.errors import ConfigError
+from protocol.hosts import address
 from protocol.limits import WIRE_VERSION
 from slicing.paged import PAGE_TOKENS
 from tensor_codecs import dtype_name
@@ -143,8 +144,8 @@ def _kv_pages(host: SpanHost) -> dict[str, float]:
 
 
 def _received(host: SpanHost) -> dict[str, float]:
-    service = host.service
-    return {"begun": service.begun, "pushed": service.pushed, "relayed": service.relayed}
+    intake = host.house.intake
+    return {"begun": intake.begun, "pushed": intake.pushed, "relayed": intake.relayed}
 
 
 def _cpu_s() -> float:
@@ -307,7 +308,7 @@ READERS: tuple[_Reader, ...] = (
         "Steps and sessions that were refused or failed, by the error's code (see protocol/errors.py).",
         lambda host: dict(host.tally.refusals),
     ),
-    _host("gauge", "links", "Streams to peers after this one.", lambda host: len(host.service.links or ())),
+    _host("gauge", "links", "Streams to peers after this one.", lambda host: len(host.house.links or ())),
     # -- what it costs the machine
     _standing(
         "gauge",
@@ -356,11 +357,10 @@ async def serving_metrics(standing: Standing, host: str, port: int) -> AsyncIter
         server, thread = await asyncio.to_thread(start_http_server, port, host, registry)
     except OSError as error:
         raise ConfigError(
-            f"cannot serve metrics at {host}:{port}: is another program using it? choose another --metrics-port"
+            f"cannot serve metrics at {address(host, port)}: is another program using it? choose another --metrics-port"
         ) from error
     try:
-        shown = f"[{host}]" if ":" in host else host
-        yield f"http://{shown}:{server.server_port}/metrics"
+        yield f"http://{address(host, server.server_port)}/metrics"
     finally:
         await asyncio.to_thread(server.shutdown)
         server.server_close()

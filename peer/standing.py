@@ -10,7 +10,8 @@ from dht.record import MAX_ADDRESSES, PeerRecord, State
 from peer import device
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
-from peer.reach.places import Place, address
+from peer.reach.places import Place
+from protocol.hosts import address
 from protocol.identity import Identity
 from protocol.limits import WIRE_VERSION
 from protocol.span import Span

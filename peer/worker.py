@@ -15,7 +15,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from peer.session import Session, SessionTable, tokens_after
+from peer.session import Session, tokens_after
+from peer.table import SessionTable
 from peer.work import Work, shape_of
 from protocol.errors import BadMessage, PeerFault, PeerFull, PotluckError, SessionLost, StaleEpoch
 from protocol.journal import Entry, Part

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slicing.blocks import block_bytes
     from slicing.cache import CacheOp, SpanCache
     from slicing.config import hidden_size, kv_values, load_config, model_class, n_blocks
     from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from slicing.remote import Remote, RemoteCache
     from slicing.rows import hasten
     from slicing.source import ModelSource, resolve
-    from slicing.span_model import SpanModel, block_bytes, load_span, move_span
+    from slicing.span_model import SpanModel, load_span, move_span
 
 __all__ = [
     "CacheOp",
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "slicing.blocks": ("block_bytes",),
     "slicing.cache": ("CacheOp", "SpanCache"),
     "slicing.config": ("hidden_size", "kv_values", "load_config", "model_class", "n_blocks"),
     "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
@@ -80,7 +82,7 @@ _HOME = {
     "slicing.remote": ("Remote", "RemoteCache"),
     "slicing.rows": ("hasten",),
     "slicing.source": ("ModelSource", "resolve"),
-    "slicing.span_model": ("SpanModel", "block_bytes", "load_span", "move_span"),
+    "slicing.span_model": ("SpanModel", "load_span", "move_span"),
 }
 
 

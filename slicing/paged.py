@@ -47,7 +47,8 @@ class PagedCache:
         self.capacity = max(self.capacity, pages(tokens) * PAGE_TOKENS)
 
     def write(self, block: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the keys [kv_heads, q, d_k] and values [kv_heads, q, d_v] of the tokens `start` to `start` + q.
+        """Keeps the keys [kv_heads, q, d_k] and values [kv_heads, q, d_v] of the tokens `start` to `start` + q. Those
+        before `start` were seen, or written by earlier passes of the same step.
 
         Returns:
             all keys and values up to there, views [kv_heads, start + q, *].
@@ -55,18 +56,10 @@ class PagedCache:
         stop = start + keys.shape[1]
         run = self._runs.get(block)
         if run is None or run[0].shape[1] < stop:
-            run = self._runs[block] = self._grown(run, max(self.capacity, stop), keys, values)
+            run = self._runs[block] = _grown(run, start, max(self.capacity, stop), keys, values)
         run[0][:, start:stop] = keys
         run[1][:, start:stop] = values
         return run[0][:, :stop], run[1][:, :stop]
-
-    def _grown(
-        self, run: tuple[Tensor, Tensor] | None, tokens: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        grown = tuple(new.new_empty(new.shape[0], tokens, new.shape[2]) for new in (keys, values))
-        for old, new in zip(run or (), grown, strict=False):
-            new[:, : self.n_tokens] = old[:, : self.n_tokens]
-        return grown[0], grown[1]
 
     def advance(self, tokens: int) -> None:
         """So many tokens went through all blocks of the span."""
@@ -113,3 +106,13 @@ class PagedCache:
     def nbytes(self) -> int:
         """The memory that the cache holds, in bytes."""
         return sum(run.nbytes for runs in self._runs.values() for run in runs)
+
+
+def _grown(
+    run: tuple[Tensor, Tensor] | None, kept: int, tokens: int, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A run with room for `tokens`, and the first `kept` of the old one in it."""
+    grown = tuple(new.new_empty(new.shape[0], tokens, new.shape[2]) for new in (keys, values))
+    for old, new in zip(run or (), grown, strict=False):
+        new[:, :kept] = old[:, :kept]
+    return grown[0], grown[1]

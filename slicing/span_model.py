@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,33 +11,22 @@ from torch import Tensor, nn
 
 from protocol.errors import BadMessage
 from protocol.span import Span
+from slicing.blocks import load_blocks, rebound
 from slicing.cache import SpanCache
-from slicing.config import hidden_dtypes, hidden_size, load_config, model_class, n_blocks, text_config
-from slicing.cuts import check_architecture, check_span, legal_cuts
+from slicing.config import hidden_dtypes, hidden_size, n_blocks, text_config
+from slicing.cuts import legal_cuts
+from slicing.extras import extras_of, take_ready_made, width_of_extras
 from slicing.gates import Pass, gate
-from slicing.loading import LoadReport, Progress, is_out_of_memory, load
-from slicing.quantized import Quantization, packed_nbytes, packed_objects, quantize, quantized_nbytes
-from slicing.skeleton import (
-    BlockStack,
-    drop_all_but_blocks,
-    find_block_stack,
-    forward_parameters,
-    holed_class,
-    meta_skeleton,
-    punch_holes,
-)
+from slicing.loading import LoadReport, Progress
+from slicing.positions import Positions
+from slicing.quantized import Quantization, packed_nbytes
+from slicing.shapes import Shapes
+from slicing.skeleton import BlockStack, forward_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from slicing.source import ModelSource
-
-logger = logging.getLogger(__name__)
-
-QUANTIZED_AT_ONCE_BYTES = 1 << 30
-"""So much of the full-size weights is in memory while they are made small: a new skeleton for each costs a moment."""
-EXTRAS = ("per_layer_inputs",)
-"""Names of tensors that some architectures need in every block beside the hidden states; they come from the client."""
 
 
 def load_span(
@@ -67,7 +54,7 @@ def load_span(
         UnknownModel: the hub cannot be reached.
     """
     blocks = range(span.start, span.stop)
-    model, stack, report = _load_quantized(source, span, blocks, dtype, device, quantization, progress)
+    model, stack, report = load_blocks(source, span, blocks, dtype, device, quantization, progress)
     return SpanModel(model, stack, span, report, quantization)
 
 
@@ -83,113 +70,12 @@ def move_span(old: SpanModel, source: ModelSource, span: Span, *, progress: Prog
     """
     kept = old.span.overlap(span)
     read = [i for i in range(span.start, span.stop) if kept is None or i not in kept]
-    model, stack, report = _load_quantized(source, span, read, old.dtype, old.device, old.quantization, progress)
+    model, stack, report = load_blocks(source, span, read, old.dtype, old.device, old.quantization, progress)
     if kept is not None:
         blocks = stack.blocks(model)
         for i, block in old.copy_blocks(kept, model.config).items():
             blocks[i] = block
     return SpanModel(model, stack, span, report, old.quantization)
-
-
-def _load_quantized(
-    source: ModelSource,
-    span: Span,
-    read: Collection[int],
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    quantization: Quantization,
-    progress: Progress | None,
-) -> tuple[PreTrainedModel, BlockStack, LoadReport]:
-    """As `_load_blocks`, and with quantised layers: a few blocks are loaded and made small before the next are read."""
-    if quantization == "none":
-        return _load_blocks(source, span, read, dtype, device, progress)
-    model, stack, report = _load_blocks(source, span, (), dtype, device, progress)
-    blocks = stack.blocks(model)
-    sizes, kept_bytes = block_bytes(source, dtype), 0
-    for group in _groups(sorted(read), sizes, QUANTIZED_AT_ONCE_BYTES):
-        part, its_stack, its_report = _load_blocks(source, span, group, dtype, device, progress)
-        for i in group:
-            block = its_stack.blocks(part)[i]
-            itemsize = cast(torch.dtype, model.config.dtype).itemsize
-            kept_bytes += quantized_nbytes(block, quantization, itemsize)[1]
-            _quantize(block, quantization, f"blocks {span} of {source.name}")
-        for i, block in _rebound({i: its_stack.blocks(part)[i] for i in group}, part, model.config).items():
-            blocks[i] = block
-        report = report.plus(its_report)
-    total = sum(sizes[i] for i in read)
-    logger.info(
-        "%s of blocks %s: %.0f %% of the bytes of their weights stay in floating point",
-        quantization,
-        span,
-        100 * kept_bytes / max(1, total),
-    )
-    return model, stack, report
-
-
-def _quantize(block: nn.Module, quantization: Quantization, what: str) -> None:
-    try:
-        quantize(block, quantization)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"too little memory for {what}") from error
-        raise
-
-
-def _groups(blocks: Sequence[int], sizes: Sequence[int], nbytes: int) -> Iterator[list[int]]:
-    """`blocks` in groups of at most `nbytes` together, or of one block that has more."""
-    group: list[int] = []
-    for i in blocks:
-        if group and sum(sizes[j] for j in [*group, i]) > nbytes:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
-def _load_blocks(
-    source: ModelSource,
-    span: Span,
-    read: Collection[int],
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    progress: Progress | None,
-) -> tuple[PreTrainedModel, BlockStack, LoadReport]:
-    """The model with the blocks `read` of `span`, and holes for all others; as `load_span`."""
-    config = load_config(source)
-    check_architecture(config)
-    cls = model_class(config)
-    check_span(config, span)
-    found: list[BlockStack] = []
-
-    def hollow(model: PreTrainedModel) -> None:
-        stack = find_block_stack(model)
-        punch_holes(model, stack, read)
-        drop_all_but_blocks(model, stack)
-        found.append(stack)
-
-    what = f"blocks {span} of {source.name}"
-    model, report = load(holed_class(cls, hollow), config, source, what, dtype=dtype, device=device, progress=progress)
-    return model, found[-1], report
-
-
-def block_bytes(source: ModelSource, dtype: torch.dtype | None, quantization: Quantization = "none") -> tuple[int, ...]:
-    """Memory of each block's weights, in bytes, when they are loaded as `dtype` (None: as the configuration says) and
-    quantised.
-
-    Read off the skeleton; neither the weights nor their headers are needed.
-
-    Raises:
-        NoBlockStack, RemoteCodeRefused, ModelError: the architecture cannot be sliced.
-    """
-    config = load_config(source)
-    check_architecture(config)
-    skeleton = meta_skeleton(model_class(config), config)
-    wanted = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    return tuple(
-        quantized_nbytes(block, quantization, wanted.itemsize)[0]
-        for block in find_block_stack(skeleton).blocks(skeleton)
-    )
 
 
 class SpanModel:
@@ -234,24 +120,32 @@ class SpanModel:
         # Not that of a parameter: some architectures keep a few of them in float32, whatever the model is in.
         self.dtype = cast(torch.dtype, model.config.dtype)
         self.hidden_dtypes = hidden_dtypes(model.config)
-        self._has_position_axes = _has_position_axes(model)
         first = self.blocks[span.start]  # without parameters where all its weights are quantised (olmo)
         self.device = next(chain(first.parameters(), first.buffers())).device
         self.legal_cuts = frozenset(legal_cuts(model.config))
         self._decoder = stack.decoder(model)
-        self._parameters = forward_parameters(self._decoder)
-        self.takes_positions = "position_ids" in self._parameters
-        self._cache_name = "cache_params" if "cache_params" in self._parameters else "past_key_values"
+        parameters = forward_parameters(self._decoder)
+        self.takes_positions = "position_ids" in parameters
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
         self._embedding_size = stack.embedding_size
-        self._positions = _table_of_positions(self._decoder)
-        self.extras = frozenset(name for name in EXTRAS if self._needs_extra(name))
+        self.extras = extras_of(self._decoder, parameters, model.config)
+        self._extra_width = width_of_extras(model.config)
+        self._shapes = Shapes(
+            hidden_size=self.hidden_size,
+            streams=self.streams,
+            n_blocks=self.n_blocks,
+            dtype=self.dtype,
+            hidden_dtypes=self.hidden_dtypes,
+            positions=Positions.of(model, self._decoder),
+            extras=self.extras,
+            extra_width=self._extra_width,
+        )
         self._pass = Pass(returns_tuple=stack.returns_tuple)
         for i, block in self.blocks.items():
             # An attribute of the instance: the block's class, its name and its parameters stay what they are.
             setattr(block, "forward", gate(self._pass, i, block.forward))  # noqa: B010 (mypy forbids plain assignment)
         if self.extras:
-            # The decoder would compute them from embeddings, which a span does not have; here they arrive ready-made.
-            setattr(self._decoder, "project_per_layer_inputs", _given_per_layer_inputs)  # noqa: B010
+            take_ready_made(self._decoder)
 
     def new_cache(self, span: Span | None = None) -> SpanCache:
         """An empty cache for one session over `span` (default: all blocks loaded).
@@ -295,7 +189,7 @@ class SpanModel:
             BadMessage: a shape, dtype, position or span that does not fit the model or the cache.
         """
         part = self.part(span if span is not None or cache is None else cache.span)
-        self._check(hidden, cache, part, attention_mask, position_ids, extras or {}, grad)
+        self._shapes.check_step(hidden, cache, part, attention_mask, position_ids, extras or {}, grad)
         batch, q = hidden.shape[-3], hidden.shape[-2]
         inputs: dict[str, Any] = {name: tensor.to(self.device) for name, tensor in (extras or {}).items()}
         if attention_mask is not None:
@@ -340,7 +234,7 @@ class SpanModel:
 
         Their parameters and buffers are the same tensors. The gates stay here.
         """
-        blocks = _rebound({i: self.blocks[i] for i in range(span.start, span.stop)}, self.model, config)
+        blocks = rebound({i: self.blocks[i] for i in range(span.start, span.stop)}, self.model, config)
         for block in blocks.values():
             del block.__dict__["forward"]  # this model's gate
         return blocks
@@ -353,16 +247,8 @@ class SpanModel:
     def example_inputs(self, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Zeros that `step` takes: hidden states [*streams, 1, tokens, H], and extras. For measuring."""
         hidden = torch.zeros((*self.streams, 1, tokens, self.hidden_size), dtype=self.dtype, device=self.device)
-        width = getattr(text_config(self.config), "hidden_size_per_layer_input", 0) or 0
-        extra_shape = (1, tokens, self.n_blocks, width)
+        extra_shape = (1, tokens, self.n_blocks, self._extra_width)
         return hidden, {name: torch.zeros(extra_shape, dtype=self.dtype, device=self.device) for name in self.extras}
-
-    def _needs_extra(self, name: str) -> bool:
-        return (
-            name in self._parameters
-            and hasattr(self._decoder, "project_per_layer_inputs")
-            and bool(getattr(text_config(self.config), "hidden_size_per_layer_input", 0))
-        )
 
     def part(self, span: Span | None) -> Span:
         """The blocks to run; None: all that are loaded.
@@ -377,49 +263,6 @@ class SpanModel:
             raise BadMessage(f"blocks {span} cannot be served: {self.span} are loaded, cuts at {cuts}")
         return span
 
-    def _check(
-        self,
-        hidden: Tensor,
-        cache: SpanCache | None,
-        part: Span,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        extras: Mapping[str, Tensor],
-        grad: bool,
-    ) -> None:
-        fits = hidden.ndim == len(self.streams) + 3 and hidden.shape[:-3] == self.streams and 0 not in hidden.shape
-        if not fits or hidden.shape[-1] != self.hidden_size or hidden.dtype not in self.hidden_dtypes:
-            wanted = ", ".join(map(str, [*self.streams, "rows", "tokens", self.hidden_size]))
-            raise BadMessage(
-                f"hidden states must be [{wanted}] of {self.dtype}, not {tuple(hidden.shape)} of {hidden.dtype}"
-            )
-        batch, q = hidden.shape[-3], hidden.shape[-2]
-        seen = 0
-        if cache is not None:
-            seen = cache.n_tokens
-            if cache.span != part:
-                raise BadMessage(f"the cache is of blocks {cache.span}, the step of {part}")
-            if cache.batch not in (None, batch):
-                raise BadMessage(f"the cache has {cache.batch} rows, the step {batch}")
-            if grad:
-                raise BadMessage("a step with a cache records nothing for autograd")
-        if attention_mask is not None:
-            if attention_mask.shape != (batch, seen + q):
-                raise BadMessage(f"attention mask must be {(batch, seen + q)}, not {tuple(attention_mask.shape)}")
-            if attention_mask.is_floating_point() or attention_mask.is_complex():
-                raise BadMessage(f"attention mask must be bool or whole numbers, not {attention_mask.dtype}")
-        if position_ids is not None:
-            self._check_positions(position_ids, batch, q)
-        elif self._positions is not None and seen + q > self._positions[1]:
-            raise BadMessage(f"the model has positions up to {self._positions[1]}, the session would need {seen + q}")
-        if extras.keys() != self.extras:
-            raise BadMessage(f"a step needs the tensors {sorted(self.extras)} beside the hidden states")
-        for name, tensor in extras.items():
-            if tensor.ndim != 4 or tensor.shape[:3] != (batch, q, self.n_blocks) or tensor.dtype != self.dtype:
-                raise BadMessage(f"{name} must be {(batch, q, self.n_blocks)} + one dimension, of {self.dtype}")
-            if tensor.shape[3] != text_config(self.config).hidden_size_per_layer_input:
-                raise BadMessage(f"{name} has the wrong width {tensor.shape[3]}")
-
     def check_stretch(self, part: Span, hidden: Tensor, start: int) -> None:
         """Raise unless hidden states [1, q, H] can follow `start` tokens in a pass that sessions share.
 
@@ -427,59 +270,4 @@ class SpanModel:
             BadMessage: a shape, dtype, span or number of tokens that does not fit.
         """
         self.part(part)
-        if hidden.ndim != 3 or hidden.shape[0] != 1 or 0 in hidden.shape or hidden.shape[-1] != self.hidden_size:
-            raise BadMessage(f"hidden states must be [1, tokens, {self.hidden_size}], not {tuple(hidden.shape)}")
-        if hidden.dtype != self.dtype:
-            raise BadMessage(f"hidden states must be {self.dtype}, not {hidden.dtype}")
-        if self._positions is not None and start + hidden.shape[-2] > self._positions[1]:
-            raise BadMessage(
-                f"the model has positions up to {self._positions[1]}, the session would need {start + hidden.shape[-2]}"
-            )
-
-    def _check_positions(self, position_ids: Tensor, batch: int, q: int) -> None:
-        dims = (2, 3) if self._has_position_axes else (2,)
-        if position_ids.ndim not in dims or position_ids.shape[-1] != q or position_ids.shape[-2] not in (1, batch):
-            raise BadMessage(f"position ids must be {(batch, q)}, not {tuple(position_ids.shape)}")
-        if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
-            raise BadMessage(f"position ids must be whole numbers, not {position_ids.dtype}")
-        if self._positions is not None:
-            low, high = int(position_ids.min()), int(position_ids.max())
-            # Outside a table a GPU does not raise, it aborts the process.
-            if low < self._positions[0] or high >= self._positions[1]:
-                raise BadMessage(f"position ids {low} to {high} lie outside the model's {self._positions}")
-
-
-def _rebound(blocks: Mapping[int, nn.Module], model: PreTrainedModel, config: PreTrainedConfig) -> dict[int, nn.Module]:
-    """Copies of blocks of `model` that share its tensors and refer to the configuration of another."""
-    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    memo |= packed_objects(model)
-    memo |= {id(model.config): config, id(text_config(model.config)): text_config(config)}
-    return copy.deepcopy(dict(blocks), memo)
-
-
-def _has_position_axes(model: PreTrainedModel) -> bool:
-    """Has a token several positions (text, height, width: mrope), so that position ids may have a dimension more?"""
-    rope = getattr(text_config(model.config), "rope_parameters", None) or {}
-    return "mrope_section" in rope or any(hasattr(module, "mrope_section") for module in model.modules())
-
-
-def _given_per_layer_inputs(
-    inputs_embeds: Tensor, per_layer_inputs: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Tensor | None:
-    return per_layer_inputs
-
-
-def _table_of_positions(decoder: nn.Module) -> tuple[int, int] | None:
-    """The positions [low, high) that the decoder has in a table; None where it computes them.
-
-    Tables are learned (gpt2, opt: an Embedding of the decoder; opt's begins at -2) or made once (gptj, codegen).
-    """
-    for child in decoder.children():
-        if isinstance(child, nn.Embedding):
-            offset = getattr(child, "offset", 0)
-            return -offset, child.num_embeddings - offset
-    for module in decoder.modules():
-        made = getattr(module, "embed_positions", None)
-        if isinstance(made, Tensor):
-            return 0, made.shape[0]
-    return None
+        self._shapes.check_stretch(hidden, start)

@@ -44,5 +44,12 @@ def test_every_module_has_its_place(package: str) -> None:
     assert modules <= listed | {package}, f"not in ARCHITECTURE.md: {sorted(modules - listed)}"
 
 
+def test_recovery_reads_like_its_drawing() -> None:
+    steps = re.findall(r"^ \d Mender\.(\w+)", PAGE, re.MULTILINE)
+    source = (ROOT / "client/mender.py").read_text()
+    assert steps[-1:] == ["_connect"]
+    assert steps == [name for name in re.findall(r"^    (?:async )?def (\w+)", source, re.MULTILINE) if name in steps]
+
+
 def test_it_fits_two_screens() -> None:
     assert len(PAGE.splitlines()) <= 120

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def value(where: str) -> Any:
     if where.startswith("--"):
         (setting,) = (setting for setting in settings(PeerConfig) if setting.flag == where)
         return setting.default
-    module, names = import_module(".".join(where.split(".")[:2])), where.split(".")[2:]
-    found: Any = module
-    for name in names:
+    names = where.split(".")
+    modules = list(takewhile(str.islower, names))
+    found: Any = import_module(".".join(modules))
+    for name in names[len(modules) :]:
         found = getattr(found, name)
         found = found() if isinstance(found, type) else found
     return found

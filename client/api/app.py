@@ -17,7 +17,7 @@ from client.api.chat import chat
 from client.api.completions import complete
 from client.api.errors import body_of, from_validation, headers_of, http_error, internal_error, status_of
 from client.api.gateway import Gateway
-from client.api.guard import CLOSED_STATUS, KeyGuard, Stopwatch
+from client.api.guard import CLOSED_STATUS, KeyGuard, RequestTimer
 from client.api.metrics import CONTENT_TYPE
 from client.api.responses import respond
 from client.api.schemas import ChatRequest, CompletionRequest, ResponseRequest
@@ -43,7 +43,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         max_body_size=MOST_BODY_BYTES,
     )
     app.add_middleware(KeyGuard, keys=gateway.config.api_key)
-    app.add_middleware(Stopwatch, metrics=gateway.metrics)
+    app.add_middleware(RequestTimer, metrics=gateway.metrics)
     _add_errors(app)
     _add_models(app, gateway)
     _add_watching(app, gateway)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, TokenProb
 from client.api.delivery import beats, deliver, prob_json, usage_of
-from client.api.errors import BadRequest
 from client.api.gateway import Gateway
-from client.api.grammar import Grammar
-from client.api.orders import orders_of
-from client.api.prompts import Prompts
-from client.api.schemas import ChatRequest, Tool, ToolChoice
+from client.api.orders import guard_of, orders_of, tools_of
+from client.api.reply import Reply, Whole
+from client.api.schemas import ChatRequest, Tool
 from client.api.streaming import DONE, KEEP_ALIVE, event
-from client.api.tools import ToolText, forced
+from client.api.tools import ToolText, taken_apart
 
 
 async def chat(gateway: Gateway, request: Request, body: ChatRequest) -> Response:
@@ -36,47 +34,6 @@ async def chat(gateway: Gateway, request: Request, body: ChatRequest) -> Respons
     orders = await asyncio.to_thread(_orders, gateway, body, tools)
     reply = gateway.answers.begin(orders)
     return await deliver(gateway, request, body, reply, _Talk(gateway, body, reply, tools))
-
-
-def tools_of(prompts: Prompts, tools: list[Tool] | None, choice: str | ToolChoice | None) -> tuple[Tool, ...]:
-    """The tools that the model is told of.
-
-    Raises:
-        BadRequest: its chat template knows no tools, or the chosen one is not among them.
-    """
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise BadRequest("tool_choice needs tools", param="tool_choice")
-        return ()
-    if choice == "none":
-        return ()
-    if not prompts.takes_tools:
-        raise BadRequest("this model's chat template knows no tools", param="tools", reason="unsupported_parameter")
-    if isinstance(choice, ToolChoice):
-        chosen = tuple(tool for tool in tools if tool.function.name == choice.function.name)
-        if not chosen:
-            raise BadRequest(f"there is no tool {choice.function.name!r}", param="tool_choice")
-        return chosen
-    return tuple(tools)
-
-
-def guard_of(
-    gateway: Gateway,
-    tools: Sequence[Tool],
-    choice: str | ToolChoice | None,
-    schema: Mapping[str, Any] | None,
-    *,
-    param: str,
-) -> Grammar | None:
-    """What the answer may look like: a call, where one of the tools must be called, or JSON of the schema.
-
-    Raises:
-        BadRequest: that cannot be had.
-    """
-    if tools and choice not in (None, "auto"):
-        template = gateway.prompts.tokenizer.chat_template
-        return gateway.grammars.of_text(forced(template, tools), param="tool_choice")
-    return None if schema is None else gateway.grammars.of_schema(schema, param=param)
 
 
 def _orders(gateway: Gateway, body: ChatRequest, tools: tuple[Tool, ...]) -> list[Order]:
@@ -112,17 +69,13 @@ class _Talk:
         return self._head("chat.completion") | {"choices": choices, "usage": usage}
 
     def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
-        text, reason = whole.text, str(whole.ending.reason)
+        reason: str = whole.ending.reason
+        text, calls = taken_apart(whole.text, self.tools)
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self.tools:
-            taken = ToolText(self.tools)
-            shown = taken.add(text)
-            rest, calls = taken.end()
-            message["content"] = shown + rest
-            if calls:
-                reason = "tool_calls"
-                message["content"] = (shown + rest).strip() or None
-                message["tool_calls"] = [call.as_json() for call in calls]
+        if calls:
+            reason = "tool_calls"
+            message["content"] = text.strip() or None
+            message["tool_calls"] = [call.as_json() for call in calls]
         logprobs = None if not self.body.logprobs else self._logprobs(whole.probs)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -194,13 +147,7 @@ class _Talk:
         return event(chunk)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.gateway.name,
-            "system_fingerprint": self.gateway.fingerprint,
-        }
+        return self.gateway.head(kind, self.id, self.created)
 
     def _logprobs(self, probs: Sequence[TokenProb]) -> dict[str, Any]:
         token_text = self.gateway.prompts.token_text

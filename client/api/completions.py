@@ -12,10 +12,11 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, TokenProb
 from client.api.delivery import beats, deliver, finite, usage_of
 from client.api.gateway import Gateway
 from client.api.orders import orders_of
+from client.api.reply import Reply, Whole
 from client.api.schemas import CompletionRequest
 from client.api.streaming import DONE, KEEP_ALIVE, event
 
@@ -138,13 +139,7 @@ class _Completion:
         return prompt if isinstance(prompt, str) else str(self.gateway.prompts.tokenizer.decode(prompt))
 
     def _head(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.gateway.name,
-            "system_fingerprint": self.gateway.fingerprint,
-        }
+        return self.gateway.head("text_completion", self.id, self.created)
 
     def _logprobs(self, probs: Sequence[TokenProb], offset: int) -> dict[str, Any] | None:
         """`offset`: characters of the answer before these tokens."""

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from client.api.answers import Ending, Order, Piece, Reply, TokenProb, Whole
+from client.api.answer import Ending, Order, Piece, TokenProb
 from client.api.gateway import Gateway, Tracer
+from client.api.reply import Reply, Whole
 from client.api.schemas import Common
 from client.api.streaming import Stream, unless_gone
 

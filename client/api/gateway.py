@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.api.answers import Answer, Answers
+from client.api.answer import Answer
+from client.api.answers import Answers
 from client.api.config import ApiConfig
 from client.api.errors import BadRequest
 from client.api.grammar import Grammars
@@ -42,6 +43,16 @@ class Gateway:
     def fingerprint(self) -> str:
         """OpenAI's word for which weights and which software answered."""
         return f"fp_{self.model.blocks.fingerprint[:12]}"
+
+    def head(self, kind: str, answer_id: str, created: int) -> dict[str, Any]:
+        """What each object of an answer, or of a part of it, begins with. `created`: seconds since 1970."""
+        return {
+            "id": answer_id,
+            "object": kind,
+            "created": created,
+            "model": self.name,
+            "system_fingerprint": self.fingerprint,
+        }
 
     def check(self, request: Common) -> None:
         """Can this gateway do what all kinds of requests may ask? One that names no model means this one.

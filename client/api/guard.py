@@ -65,7 +65,7 @@ def _refusal(headers: Headers, *, is_wrong: bool) -> JSONResponse:
     return JSONResponse(body_of(error), error.status, {"WWW-Authenticate": f'{scheme} realm="potluck"'})
 
 
-class Stopwatch:
+class RequestTimer:
     """Notes each request, its route, its status and its time."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -19,7 +19,8 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 if TYPE_CHECKING:
-    from client.api.answers import Answer, Answers
+    from client.api.answer import Answer
+    from client.api.answers import Answers
     from client.model import SwarmModel
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

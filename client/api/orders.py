@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from client.api import grammar
-from client.api.answers import Order
+from client.api.answer import Order
+from client.api.errors import BadRequest
 from client.api.gateway import Gateway
-from client.api.prompts import Ids
+from client.api.grammar import Grammar
+from client.api.prompts import Ids, Prompts
 from client.api.sampling import sampling_of
-from client.api.schemas import Common
+from client.api.schemas import Common, Tool, ToolChoice
+from client.api.tools import forced
 
 
 def orders_of(
@@ -23,7 +26,7 @@ def orders_of(
     usual_tokens: int | None = None,
     logprobs: int | None = None,
     keeps_special: bool = False,
-    guard: grammar.Grammar | None = None,
+    guard: Grammar | None = None,
     prompt_param: str = "messages",
 ) -> list[Order]:
     """`n` orders for one prompt.
@@ -48,6 +51,47 @@ def orders_of(
         in_pieces=request.stream,
     )
     return [replace(first, sampling=first.sampling.nth(index)) for index in range(n)]
+
+
+def tools_of(prompts: Prompts, tools: list[Tool] | None, choice: str | ToolChoice | None) -> tuple[Tool, ...]:
+    """The tools that the model is told of.
+
+    Raises:
+        BadRequest: its chat template knows no tools, or the chosen one is not among them.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise BadRequest("tool_choice needs tools", param="tool_choice")
+        return ()
+    if choice == "none":
+        return ()
+    if not prompts.takes_tools:
+        raise BadRequest("this model's chat template knows no tools", param="tools", reason="unsupported_parameter")
+    if isinstance(choice, ToolChoice):
+        chosen = tuple(tool for tool in tools if tool.function.name == choice.function.name)
+        if not chosen:
+            raise BadRequest(f"there is no tool {choice.function.name!r}", param="tool_choice")
+        return chosen
+    return tuple(tools)
+
+
+def guard_of(
+    gateway: Gateway,
+    tools: Sequence[Tool],
+    choice: str | ToolChoice | None,
+    schema: Mapping[str, Any] | None,
+    *,
+    param: str,
+) -> Grammar | None:
+    """What the answer may look like: a call, where one of the tools must be called, or JSON of the schema.
+
+    Raises:
+        BadRequest: that cannot be had.
+    """
+    if tools and choice not in (None, "auto"):
+        template = gateway.prompts.tokenizer.chat_template
+        return gateway.grammars.of_text(forced(template, tools), param="tool_choice")
+    return None if schema is None else gateway.grammars.of_schema(schema, param=param)
 
 
 def _recommended(generation: Any) -> int | None:

@@ -13,15 +13,15 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from client.api.answers import Ending, Order, Piece, Reply, TokenProb, Whole
-from client.api.chat import guard_of, tools_of
+from client.api.answer import Ending, Order, Piece, TokenProb
 from client.api.delivery import beats, deliver, prob_json
 from client.api.errors import body_of
 from client.api.gateway import Gateway
-from client.api.orders import orders_of
+from client.api.orders import guard_of, orders_of, tools_of
+from client.api.reply import Reply, Whole
 from client.api.schemas import ResponseRequest, Tool
 from client.api.streaming import KEEP_ALIVE, event
-from client.api.tools import Call, ToolText
+from client.api.tools import Call, ToolText, taken_apart
 from protocol.errors import PotluckError
 
 LOGPROBS = "message.output_text.logprobs"
@@ -74,13 +74,7 @@ class _Response:
     def whole(self, wholes: Sequence[Whole]) -> dict[str, Any]:
         """See `Speaker`."""
         (whole,) = wholes
-        text = whole.text
-        calls: tuple[Call, ...] = ()
-        if self.tools:
-            taker = ToolText(self.tools)
-            shown = taker.add(text)
-            rest, calls = taker.end()
-            text = shown + rest
+        text, calls = taken_apart(whole.text, self.tools)
         items = self._items(text, whole.probs, calls, whole.ending)
         return self._response(_status(whole.ending), items, whole.ending)
 

@@ -15,6 +15,7 @@ from client.api.gateway import open_gateway
 from client.config import ClientConfig
 from client.model import SwarmModelForCausalLM
 from protocol.errors import ConfigError
+from protocol.hosts import address
 
 GRACE_S = 5  # seconds for streams to end, once told to; whole seconds, as uvicorn wants them
 
@@ -56,8 +57,7 @@ def serve(client: ClientConfig, config: ApiConfig, say: Callable[[str], None], o
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
         )
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        say(f"api of {gateway.name} at http://{host}:{listener.getsockname()[1]}/v1")
+        say(f"api of {gateway.name} at http://{address(config.host, listener.getsockname()[1])}/v1")
         _Server(settings).run(sockets=[listener])
 
 

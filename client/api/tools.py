@@ -34,6 +34,7 @@ class Call:
     arguments: str
 
     def as_json(self) -> dict[str, Any]:
+        """As chat completions write it."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
@@ -118,6 +119,16 @@ class ToolText:
             if isinstance(name, str) and name in self._names:
                 written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
                 yield Call(f"call_{secrets.token_hex(12)}", name, written)
+
+
+def taken_apart(text: str, tools: Collection[Tool]) -> tuple[str, tuple[Call, ...]]:
+    """A whole answer: what is text, and the calls that it makes; all is text where there are no tools."""
+    if not tools:
+        return text, ()
+    taker = ToolText(tools)
+    shown = taker.add(text)
+    rest, calls = taker.end()
+    return shown + rest, calls
 
 
 def forced(template: Template, tools: Sequence[Tool]) -> str:

@@ -16,12 +16,12 @@ import grpc
 import grpc.aio
 
 from dht.record import MAX_CERTIFICATE_BYTES, PeerRecord
-from peer.reach.places import address, block, seen_end
 from peer.reach.quota import Quota
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
 from protocol.channel import connected, open_channel
 from protocol.errors import BadMessage, PeerFull, Unseen
+from protocol.hosts import address, block, host_of, seen_end
 from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
 from protocol.messages import check_version
 
@@ -117,7 +117,7 @@ class Helper:
 
     @property
     def block(self) -> str:
-        return block(self.at.rpartition(":")[0].strip("[]"))
+        return block(host_of(self.at))
 
 
 async def ask(helpers: Iterable[Helper], certificate_der: bytes, ports: Sequence[int]) -> list[Answer]:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from dht.background import task_group
 from dht.record import PeerRecord
-from peer.reach.places import address, host_of, is_global
 from peer.reach.tether import End, Tether
 from peer.reach.verdict import choose_relay
 from protocol.errors import PeerError
+from protocol.hosts import address, host_of, is_global
 from protocol.identity import Identity
 
 logger = logging.getLogger(__name__)

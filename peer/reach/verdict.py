@@ -13,7 +13,7 @@ from typing import Literal
 
 from dht.record import PeerRecord
 from peer.reach.dialback import Answer, Helper
-from peer.reach.places import block, host_of, ip, is_global, is_loopback
+from protocol.hosts import block, host_of, ip, is_global, is_loopback
 from protocol.limits import WIRE_VERSION
 
 Reachable = Literal["yes", "no", "unclear"]
@@ -51,7 +51,7 @@ def helpers(peers: Iterable[PeerRecord], own_id: str, rng: random.Random) -> lis
     rng.shuffle(able)
     chosen: list[Helper] = []
     for version in (4, 6):
-        found = [(peer, [at for at in peer.direct if _version(at) == version]) for peer in able]
+        found = [(peer, [at for at in peer.direct if _version(host_of(at)) == version]) for peer in able]
         chosen += _from_many_blocks([Helper(peer, at[0]) for peer, at in found if at])[:ASKED]
     return chosen
 
@@ -62,9 +62,9 @@ def _from_many_blocks(found: Sequence[Helper]) -> list[Helper]:
     return [found[n] for n in sorted(range(len(found)), key=lambda n: n not in first.values())]
 
 
-def _version(address: str) -> int:
+def _version(host: str) -> int:
     """Of the internet protocol; a name is taken to lead to an IPv4 address."""
-    found = ip(host_of(address))
+    found = ip(host)
     return 4 if found is None else found.version
 
 
@@ -126,7 +126,7 @@ def settle(
 
 def _lacks(verdicts: Mapping[str, Reachable], version: int) -> bool:
     """Are there hosts of that internet protocol from which we come, and none at which we are reached?"""
-    known = [verdict for host, verdict in verdicts.items() if _version(f"[{host}]:0") == version]
+    known = [verdict for host, verdict in verdicts.items() if _version(host) == version]
     return bool(known) and "yes" not in known
 
 

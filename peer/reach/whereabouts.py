@@ -13,6 +13,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dht.background import background, task_group
 from dht.record import MAX_ADDRESSES, PeerRecord
@@ -20,10 +21,11 @@ from peer.config import PeerConfig
 from peer.host import SpanHost
 from peer.reach.dialback import ask
 from peer.reach.moorings import Moorings
-from peer.reach.places import Place, address, ip
+from peer.reach.places import Place
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.tether import End
 from peer.reach.verdict import Position, helpers, settle
+from protocol.hosts import address, ip, own_host
 from protocol.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -185,11 +187,9 @@ class Whereabouts:
 
     def _target(self) -> End | None:
         """Where our own gRPC port is, for those who come through relays; its service is told who does."""
-        host = self._around.host()
-        if host is None or not host.port:
-            return None
-        host.service.dial_backs.is_relayed = self._moorings.carries
-        return own_end(self._config.host, host.port)
+        if (host := self._around.host()) is not None:
+            host.service.dial_backs.is_relayed = self._moorings.carries
+        return serving_end(self._config, self._around)
 
     # ------------------------------------------------------------------ people
 
@@ -218,7 +218,13 @@ async def announced_ips(name: str | None) -> frozenset[str] | None:
 
 def own_end(host: str, port: int) -> End:
     """Where a port of this machine is for itself, that listens at `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port  # noqa: S104
+    return own_host(host), port
+
+
+def serving_end(config: PeerConfig, around: Around) -> End | None:
+    """Where the gRPC port of what serves now is for this machine itself; None: it has none at the moment."""
+    host = around.host()
+    return None if host is None or not host.port else own_end(config.host, host.port)
 
 
 def told(position: Position, relays: Sequence[str], port: int, announce_host: str | None) -> str:
@@ -250,11 +256,7 @@ async def keeping_track(identity: Identity, config: PeerConfig, around: Around) 
     async with contextlib.AsyncExitStack() as stack:
         relay = None
         if config.relay:
-
-            def own() -> End | None:
-                host = around.host()
-                return None if host is None or not host.port else own_end(config.host, host.port)
-
+            own = partial(serving_end, config, around)
             settings = RelaySettings(config.host, config.relay_port, config.relay_mbps, own)
             relay = await stack.enter_async_context(open_relay(identity.peer_id, settings))
         whereabouts = Whereabouts(identity, config, around, relay)

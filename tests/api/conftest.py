@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.api.local import Local, local
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.models import _one_quiet_thread  # noqa: F401  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from protocol.span import Span
 from slicing import SpanModel, load_span, resolve
 from tests.client.test_chain import NoChance, peers
 from tests.harness import open_host, record_of
+from tests.tiny import WIDTH
 
-N_BLOCKS, WIDTH = 6, 64
+N_BLOCKS = 6
 ROWS, TOKENS = 6, 16
 CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0, audit=0.0)
 
@@ -112,16 +113,8 @@ def test_rows_are_split_so_that_the_last_is_through_first(rows: int, costs: list
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=N_BLOCKS, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(N_BLOCKS)
 
 
 @pytest.fixture(scope="module")

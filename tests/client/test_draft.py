@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 from transformers import LlamaConfig
 
-from client.model import SwarmModel, _load_draft
+from client.drafters import load_draft
+from client.model import SwarmModel
 from protocol.errors import ConfigError
 
 
@@ -21,4 +22,4 @@ def test_a_draft_model_that_cannot_be_used(vocabulary: int, message: str, tmp_pa
         config=LlamaConfig(vocab_size=vocabulary), source=SimpleNamespace(name="served"), device="cpu"
     )
     with pytest.raises(ConfigError, match=message):
-        _load_draft(str(tmp_path), cast(SwarmModel, served))
+        load_draft(str(tmp_path), cast(SwarmModel, served))

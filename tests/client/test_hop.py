@@ -12,9 +12,10 @@ import grpc
 import grpc.aio
 import pytest
 
-from client import hop as module
+from client import inbox as module
 from client.chain import Link
-from client.hop import Heard, Hop, Inbox
+from client.hop import Hop
+from client.inbox import Heard, Inbox
 from dht.record import PeerRecord
 from protocol.channel import server_credentials
 from protocol.errors import PeerLost

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.inquest import Report, Verdict, judge, signs_of_life
+from client.inquest import Finding, Report, judge, signs_of_life
 from protocol.errors import PeerError, PeerLost, SessionLost
 from protocol.messages import Progress
 
@@ -22,34 +22,34 @@ BUSY = at(8, 7, 7, expected_ms=1500.0)
 COMPUTED = at(8, 8, 7)  # and not handed on
 DONE = at(8, 8, 8)
 
-CASES: dict[str, tuple[list[Report], Verdict]] = {
-    "one hop, the step has not arrived": ([WAITS], Verdict(stuck=0)),
-    "one hop, at work": ([BUSY], Verdict(busy=0, expected_s=1.5)),
-    "one hop, its result is not handed on": ([COMPUTED], Verdict(stuck=1)),
-    "one hop, everything is sent": ([DONE], Verdict(stuck=1)),
-    "one silent hop": ([SILENT], Verdict(lost=(0,))),
-    "one hop that forgot": ([FORGOT], Verdict(lost=(0,))),
-    "all done, but no result": ([DONE, DONE, DONE], Verdict(stuck=3)),
-    "between the client and the first hop": ([WAITS, WAITS, WAITS], Verdict(stuck=0)),
-    "between the first two": ([DONE, WAITS, WAITS], Verdict(stuck=1)),
-    "between the first two, and the first still tries": ([COMPUTED, WAITS, WAITS], Verdict(stuck=1)),
-    "between the last two": ([DONE, DONE, WAITS], Verdict(stuck=2)),
-    "the first hop is at work": ([BUSY, WAITS, WAITS], Verdict(busy=0, expected_s=1.5)),
-    "the second hop is at work": ([DONE, BUSY, WAITS], Verdict(busy=1, expected_s=1.5)),
-    "the second has it, though the first does not know": ([COMPUTED, BUSY, WAITS], Verdict(busy=1, expected_s=1.5)),
-    "the second is done, though the first does not know": ([COMPUTED, DONE, WAITS], Verdict(stuck=2)),
-    "the first is silent": ([SILENT, WAITS, WAITS], Verdict(lost=(0,))),
-    "the second is silent, and has the step": ([DONE, SILENT, WAITS], Verdict(lost=(1,))),
-    "the second is silent, and cannot be told": ([COMPUTED, SILENT, WAITS], Verdict(lost=(1,))),
-    "the last is silent": ([DONE, DONE, SILENT], Verdict(lost=(2,))),
-    "the last is silent, and cannot be told": ([DONE, COMPUTED, SILENT], Verdict(lost=(2,))),
-    "two neighbours are silent": ([DONE, SILENT, SILENT], Verdict(lost=(1, 2))),
-    "two that are no neighbours are silent": ([SILENT, WAITS, SILENT], Verdict(lost=(0, 2))),
-    "all are silent": ([SILENT, SILENT, SILENT], Verdict(lost=(0, 1, 2))),
-    "one is silent, one forgot": ([DONE, FORGOT, SILENT], Verdict(lost=(1, 2))),
-    "the first is at work, later ones are silent": ([BUSY, SILENT, SILENT], Verdict(busy=0, expected_s=1.5)),
-    "the step is stuck before the silent one": ([DONE, WAITS, SILENT], Verdict(stuck=1)),
-    "a late hop has more than was sent to it": ([WAITS, DONE, DONE], Verdict(stuck=0)),
+CASES: dict[str, tuple[list[Report], Finding]] = {
+    "one hop, the step has not arrived": ([WAITS], Finding(stuck=0)),
+    "one hop, at work": ([BUSY], Finding(busy=0, expected_s=1.5)),
+    "one hop, its result is not handed on": ([COMPUTED], Finding(stuck=1)),
+    "one hop, everything is sent": ([DONE], Finding(stuck=1)),
+    "one silent hop": ([SILENT], Finding(lost=(0,))),
+    "one hop that forgot": ([FORGOT], Finding(lost=(0,))),
+    "all done, but no result": ([DONE, DONE, DONE], Finding(stuck=3)),
+    "between the client and the first hop": ([WAITS, WAITS, WAITS], Finding(stuck=0)),
+    "between the first two": ([DONE, WAITS, WAITS], Finding(stuck=1)),
+    "between the first two, and the first still tries": ([COMPUTED, WAITS, WAITS], Finding(stuck=1)),
+    "between the last two": ([DONE, DONE, WAITS], Finding(stuck=2)),
+    "the first hop is at work": ([BUSY, WAITS, WAITS], Finding(busy=0, expected_s=1.5)),
+    "the second hop is at work": ([DONE, BUSY, WAITS], Finding(busy=1, expected_s=1.5)),
+    "the second has it, though the first does not know": ([COMPUTED, BUSY, WAITS], Finding(busy=1, expected_s=1.5)),
+    "the second is done, though the first does not know": ([COMPUTED, DONE, WAITS], Finding(stuck=2)),
+    "the first is silent": ([SILENT, WAITS, WAITS], Finding(lost=(0,))),
+    "the second is silent, and has the step": ([DONE, SILENT, WAITS], Finding(lost=(1,))),
+    "the second is silent, and cannot be told": ([COMPUTED, SILENT, WAITS], Finding(lost=(1,))),
+    "the last is silent": ([DONE, DONE, SILENT], Finding(lost=(2,))),
+    "the last is silent, and cannot be told": ([DONE, COMPUTED, SILENT], Finding(lost=(2,))),
+    "two neighbours are silent": ([DONE, SILENT, SILENT], Finding(lost=(1, 2))),
+    "two that are no neighbours are silent": ([SILENT, WAITS, SILENT], Finding(lost=(0, 2))),
+    "all are silent": ([SILENT, SILENT, SILENT], Finding(lost=(0, 1, 2))),
+    "one is silent, one forgot": ([DONE, FORGOT, SILENT], Finding(lost=(1, 2))),
+    "the first is at work, later ones are silent": ([BUSY, SILENT, SILENT], Finding(busy=0, expected_s=1.5)),
+    "the step is stuck before the silent one": ([DONE, WAITS, SILENT], Finding(stuck=1)),
+    "a late hop has more than was sent to it": ([WAITS, DONE, DONE], Finding(stuck=0)),
 }
 
 
@@ -88,7 +88,7 @@ def test_there_is_one_verdict_and_it_accuses_nobody_who_answers(found: list[Repo
 
 
 def test_bytes_that_arrive_show_that_a_line_is_slow_and_not_cut() -> None:
-    stuck, busy = Verdict(stuck=1), Verdict(busy=1)
+    stuck, busy = Finding(stuck=1), Finding(busy=1)
     first = [DONE, Progress(1, 7, 7, 7, arriving_bytes=1000, queue=3), SILENT]
     same = [DONE, Progress(1, 7, 7, 7, arriving_bytes=1000, queue=2), SILENT]
     moved = [DONE, Progress(1, 7, 7, 7, arriving_bytes=2000, queue=3), SILENT]

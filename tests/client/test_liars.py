@@ -25,6 +25,7 @@ from protocol.messages import Step
 from slicing import RemoteCache
 from tests.api.local import Reader, _Hosts, _loop
 from tests.harness import identity
+from tests.tiny import write_llama
 
 Lie = Callable[[int, Tensor], Tensor]
 
@@ -85,19 +86,8 @@ class Use:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    write_llama(folder, 6, eos_token_id=None)
     return folder
 
 
@@ -272,7 +262,7 @@ def test_who_computes_differently_than_it_signed_is_found_by_what_it_recalls(
 def test_who_signs_something_else_than_it_said_is_given_up(
     checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receipts = peers.hosts[LIAR].service.receipts
+    receipts = peers.hosts[LIAR].house.receipts
     rest = receipts.rest
 
     async def forged(session: Any) -> Any:
@@ -289,7 +279,7 @@ def test_who_signs_something_else_than_it_said_is_given_up(
 def test_what_is_changed_on_its_way_is_noticed_at_once(
     checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    links = cast(Any, peers.hosts[0].service.links)
+    links = cast(Any, peers.hosts[0].house.links)
     push = links.push
     calls = []
 

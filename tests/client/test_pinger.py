@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-import torch
 
 from client.pinger import FIRST_PEERS, FIRST_WAIT_S, Pinger, stalest
 from client.times import Stopwatch
@@ -23,21 +22,14 @@ from protocol.ping import round_trip_ms
 from protocol.span import Span
 from tests.client.test_chain import BLANK
 from tests.harness import identity, open_host, record_of
+from tests.waiting import until
 
 PATIENCE_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(2)
 
 
 @pytest.fixture
@@ -60,12 +52,6 @@ async def lend(peer: PeerRecord) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
     finally:
         await channel.close(None)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def test_the_round_trip_to_a_peer(checkpoint: Path) -> None:
@@ -122,7 +108,7 @@ async def test_samples_are_measured_ever_after(checkpoint: Path) -> None:
         peers: list[PeerRecord] = []
         running = asyncio.create_task(Pinger(stopwatch, lend, lambda: peers, every_s=0.01).run())
         peers.append(record_of(host))
-        await until(lambda: bool(stopwatch.snapshot().rtts_ms))
+        await until(lambda: bool(stopwatch.snapshot().rtts_ms), "a round trip to be measured")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -104,7 +104,7 @@ class FakeChain:
         return [hop.opened() for hop in self.hops]
 
     def connect(self, renewed: tuple[int, ...]) -> None:
-        """The plan is carried out: see `OpenChain._connect`."""
+        """The plan is carried out: see `Mender._connect`."""
         self.results = []
         for index in renewed:
             self.lose(index)

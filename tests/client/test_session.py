@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from client.blame import Blame
 from client.config import ClientConfig
-from client.open_chain import SessionSpec
 from client.session import Session
+from client.spec import SessionSpec
 from client.trace import trace_of
 from dht.record import PeerRecord
 from peer.host import SpanHost
@@ -30,22 +30,15 @@ from slicing import CacheOp as SpanOp
 from slicing import SpanModel, load_span, resolve
 from tensor_codecs import codec, dtype_of
 from tests.harness import KnownPeers, open_host, record_of
+from tests.tiny import WIDTH
 
-N_BLOCKS, WIDTH = 6, 64
+N_BLOCKS = 6
 CONFIG = ClientConfig(codec="none", wait_s=20.0, avoid_s=5.0, audit=0.0)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=N_BLOCKS, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(N_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +199,7 @@ async def test_a_peer_of_an_older_epoch_cannot_write(checkpoint: Path, whole: Sp
         assert session._chain.epoch > old_epoch
         stale = replace(entry(torch.ones_like(steps[2]), 8), step_id=2).step(old_epoch)
         session._chain.hops[0].send(stale)
-        written = hosts[0].service.links.push(hosts[1].identity.peer_id, old_edge, stale)  # type: ignore[union-attr]
+        written = hosts[0].house.links.push(hosts[1].identity.peer_id, old_edge, stale)  # type: ignore[union-attr]
         await written
         outputs += await run(session, steps[2:], 8)
         assert [served.tokens for host in hosts for served in host.sessions] == [10, 10]
@@ -333,8 +326,8 @@ async def test_a_replacement_is_told_by_its_neighbour(checkpoint: Path, whole: S
         assert session.stats.reroutes == 2
         assert session.stats.replayed_tokens == session.stats.relayed == 0
         assert [len(link.span) for link in session.chain] == [2, 1, 3]
-        assert hosts[3].service.pushed >= 2
-        assert hosts[3].service.relayed == 0
+        assert hosts[3].house.intake.pushed >= 2
+        assert hosts[3].house.intake.relayed == 0
     for got, wanted in zip(outputs, reference(whole, steps), strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
 
@@ -350,9 +343,9 @@ async def test_steps_are_pushed_and_the_clients_traffic_does_not_grow_with_the_h
             sent.append(session.stats.bytes_sent - before[0])
             received.append(session.stats.bytes_received - before[1])
             assert session.stats.relayed == 0
-            assert [host.service.begun for host in hosts] == [12, 0, 0][: len(hosts)]
-            assert [host.service.pushed for host in hosts] == [0, 12, 12][: len(hosts)]
-            assert all(host.service.relayed == 0 for host in hosts)
+            assert [host.house.intake.begun for host in hosts] == [12, 0, 0][: len(hosts)]
+            assert [host.house.intake.pushed for host in hosts] == [0, 12, 12][: len(hosts)]
+            assert all(host.house.intake.relayed == 0 for host in hosts)
     assert sent[1] == sent[0], "what the client sends"
     trace_bytes = 2 * 10 * 64  # two more hops tell in each of ten steps what it cost them, and two digests
     assert received[0] <= received[1] <= received[0] + trace_bytes, "what it receives"
@@ -364,7 +357,7 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
     steps = inputs(9)
     config = replace(CONFIG, avoid_s=0.3)
     async with swarm(checkpoint, "0:2", "2:4", "4:6", config=config) as (hosts, _, session, events):
-        links = hosts[0].service.links
+        links = hosts[0].house.links
         assert links is not None
         found = links._resolve
 
@@ -374,8 +367,8 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
         links._resolve = nobody
         outputs = await run(session, steps[:4])
         assert session.stats.relayed == 4
-        assert hosts[1].service.relayed == 4
-        assert hosts[2].service.pushed == 4, "the other edge is pushed over"
+        assert hosts[1].house.intake.relayed == 4
+        assert hosts[2].house.intake.pushed == 4, "the other edge is pushed over"
         assert any("go through this client" in event for event in events)
         links._resolve = found
         for _, link in links._links.values():
@@ -383,7 +376,7 @@ async def test_peers_that_cannot_reach_each_other_are_relayed_and_tried_again(
         await asyncio.sleep(0.4)  # until the edge may be tried again
         outputs += await run(session, steps[4:], 10)
         assert session.stats.relayed == 4
-        assert hosts[1].service.pushed == 5
+        assert hosts[1].house.intake.pushed == 5
         assert session.stats.reroutes == 0
     assert all(torch.equal(a, b) for a, b in zip(outputs, reference(whole, steps), strict=True))
 
@@ -396,7 +389,7 @@ async def test_a_second_link_that_is_cut_is_found_without_another_wait(
 
         def swallow(host: SpanHost) -> None:
             """Whatever that host pushes from now on is lost on its way, and nobody says so."""
-            links = host.service.links
+            links = host.house.links
             assert links is not None
 
             def push(*_: object) -> asyncio.Future[None]:

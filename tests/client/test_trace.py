@@ -18,10 +18,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from client.chain import Link
 from client.costs import HOP_MS, ways_ms
 from client.model import SwarmModel
-from client.open_chain import SessionStats
+from client.recorder import MAX_EVENTS, Recorder
 from client.report import append, emit, render, reporting
+from client.stats import SessionStats
 from client.times import Times
-from client.trace import MAX_EVENTS, Recorder, Trace, trace_of
+from client.trace import Trace, trace_of
 from protocol.errors import ConfigError
 from protocol.messages import HopTrace
 from protocol.span import Span

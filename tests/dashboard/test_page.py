@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dashboard import api
+from dashboard.advice import advice
 from dashboard.config import DashboardConfig
 from dashboard.events import Event, changes
+from dashboard.grid import CROSS, MAX_COLUMNS, PEERS_SHOWN, grid
 from dashboard.health import Health
-from dashboard.page import CROSS, MAX_COLUMNS, PEERS_SHOWN, Page, advice, grid, join_command, page, sentence
+from dashboard.page import Page, join_command, page, sentence
 from dashboard.words import count, duration, milliseconds, number, without_addresses
 from protocol.errors import ConfigError
 from tests.dashboard.support import HOSTILE, NOW, health, peer

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dht.view import SwarmReader, SwarmView, reading
 from protocol.errors import ConfigError, SwarmNotFound
 from protocol.identity import Identity, claim_identity
 from tests.dht.support import MODEL, N_BLOCKS, identity, listing, peer
+from tests.waiting import until
 
 TIMEOUT_S = 20.0
 
@@ -60,12 +61,6 @@ def now_peer(index: int, span: str = "0:24", lives_s: float = 60.0, **values: An
     """A record as of the real clock."""
     now = time.time()
     return peer(index, span, sequence=time.time_ns(), expires_at=now + lives_s, started_at=now, **values)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

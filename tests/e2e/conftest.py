@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 
 import pytest
-import torch
 
 from tests import processes
-from tests.slicing.architectures import make_checkpoint
+from tests.models import _one_quiet_thread, checkpoint  # noqa: F401  # fixtures
 
 SHOWN_CHARS = 4000  # of each process's standard error
 
@@ -37,30 +35,3 @@ def _ended_by_a_signal_too() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     yield
     signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """One thread, as the laws are stated for; no progress bars of transformers (the unsplit models') in the output."""
-    from transformers.utils import logging
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """checkpoint("llama"): the folder of that tiny model."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("models") / name
-            make_checkpoint(name, folder)
-            made[name] = folder
-        return made[name]
-
-    return make

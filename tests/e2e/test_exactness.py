@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from client.model import SwarmModel, SwarmModelForCausalLM
 from tests.e2e.support import answers_at_length, sessions_held, unsplit
+from tests.generating import COMMON, IDS, MASK, PADDED, SINGLE, bad_draft, each
 from tests.processes import at_home, swarm, until, wait_online
 from tests.slicing.architectures import VOCABULARY
 
@@ -23,30 +23,12 @@ SPANS = {"llama": ("0:2", "2:5", "5:6"), "gemma3_text": ("0:2", "2:6"), "gpt2": 
 DECODE_STEPS = 8
 SOON_S = 3.0
 
-IDS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(5))
-MASK = torch.ones_like(IDS)
-MASK[1, :4] = 0
-PADDED = {"inputs": IDS.masked_fill(MASK == 0, 0), "attention_mask": MASK}
-SINGLE = {"inputs": IDS[:1]}
-REPETITIVE = {"inputs": torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])}
 LONG = {"inputs": torch.randint(3, 250, (1, 61), generator=torch.Generator().manual_seed(6))}
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {**SINGLE, "max_new_tokens": 20, "do_sample": False},
     "left padding": {**PADDED, "max_new_tokens": 20, "do_sample": False},
-    "sampling": {
-        **PADDED,
-        "max_new_tokens": 20,
-        "do_sample": True,
-        "top_k": 20,
-        "top_p": 0.9,
-        "temperature": 0.8,
-        "repetition_penalty": 1.2,
-    },
-    "several sequences": {**SINGLE, "max_new_tokens": 12, "do_sample": True, "num_return_sequences": 3},
-    "beams": {**PADDED, "max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 2, "do_sample": False},
-    "beam sampling": {**PADDED, "max_new_tokens": 12, "num_beams": 3, "do_sample": True},
-    "prompt lookup": {**REPETITIVE, "max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 4},
+    **COMMON,
     "no cache": {**SINGLE, "max_new_tokens": 4, "do_sample": False, "use_cache": False},
 }
 
@@ -62,11 +44,8 @@ class Pair:
 
     def both(self, **arguments: Any) -> tuple[Any, Any]:
         """What the two generate, from the same seed."""
-        results = []
-        for model in (self.unsplit, self.remote):
-            torch.manual_seed(7)
-            results.append(model.generate(**arguments))
-        return results[0], results[1]
+        unsplit, other = each((self.unsplit, self.remote), **arguments)
+        return unsplit, other
 
 
 @pytest.fixture(scope="module", params=SPANS)
@@ -88,14 +67,7 @@ def pair(
 
 @pytest.fixture(scope="module")
 def draft() -> Any:
-    """A bad draft model: most of what it proposes is taken back."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
-    model: Any = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return bad_draft(VOCABULARY)
 
 
 def logits(model: Any, ids: Tensor, mask: Tensor | None) -> list[Tensor]:

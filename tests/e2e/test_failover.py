@@ -25,8 +25,9 @@ from torch import Tensor
 from client.chain import Link
 from client.hop import Hop
 from client.model import SwarmModel, SwarmModelForCausalLM
-from client.open_chain import OpenChain, SessionStats
+from client.open_chain import OpenChain
 from client.session import Session
+from client.stats import SessionStats
 from protocol.journal import Entry
 from protocol.messages import Step, StepResult
 from tests.e2e.support import answers_at_length, unsplit

@@ -33,7 +33,7 @@ def run(data: bytes) -> None:
             try:
                 message = pb.InferRequest.FromString(piece)
             except DecodeError:
-                message = pb.InferRequest()  # as peer/service.py has it
+                message = pb.InferRequest()  # as peer/unreadable.py has it
             arrived += len(message.chunk)
             try:
                 request = assembler.feed(message)

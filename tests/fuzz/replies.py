@@ -21,14 +21,17 @@ from google.protobuf.message import DecodeError
 from client.blame import Blame
 from client.chain import Link
 from client.config import ClientConfig
-from client.hop import Hop, Inbox
+from client.encoding import decoded as decoded_of
+from client.hop import Hop
+from client.inbox import Inbox
 from client.inquest import judge, signs_of_life
-from client.open_chain import ChainBroken, SessionSpec, SessionStats
+from client.loss import ChainBroken
+from client.recorder import Recorder
 from client.recovery import to_renew
-from client.remote import _decoded
 from client.session import Session
+from client.spec import SessionSpec
+from client.stats import SessionStats
 from client.times import Stopwatch
-from client.trace import Recorder
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol.errors import PeerFault, PeerLost, PotluckError
@@ -168,7 +171,7 @@ def _check_heard(what: StepResult | Notice | PotluckError, hop: Hop) -> None:
         except ChainBroken:
             continue
         try:
-            decoded = _decoded(what, SENT)
+            decoded = decoded_of(what, SENT)
         except PotluckError:
             continue
         assert decoded.shape == SENT.shape and decoded.dtype == SENT.dtype
@@ -193,7 +196,7 @@ def _entry() -> Entry:
 
 def seeds() -> list[bytes]:
     """Right answers, whole and in pieces, and refusals."""
-    logging.getLogger("client.hop").setLevel(logging.CRITICAL)  # what it would log of findings is raised here
+    logging.getLogger("client.stream").setLevel(logging.CRITICAL)  # what it would log of findings is raised here
     progress = Progress(1, 2, 3, 4).to_proto().SerializeToString()
     opened = Opened(0, 0, 100, "float32").to_proto()
     streams = [[opened]]
@@ -217,6 +220,13 @@ TARGET = Target(
     "replies",
     run,
     seeds,
-    modules=("client.hop", "protocol.frames", "protocol.messages", "client.inquest", "client.trace"),
+    modules=(
+        "client.hop",
+        "client.stream",
+        "protocol.frames",
+        "protocol.messages",
+        "client.inquest",
+        "client.recorder",
+    ),
     short=800,
 )

@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 
-from client.api.answers import Answer, Ending, Order, Piece, Reply, Said
+from client.api.answer import Answer, Ending, Order, Piece, Said
 from client.api.app import create_app
 from client.api.config import ApiConfig
 from client.api.detokenizer import Detokenizer
 from client.api.gateway import open_gateway
 from client.api.prompts import Prompts
+from client.api.reply import Reply
 from client.api.sampling import choosers, processors
 from client.api.stops import Stops
 from slicing import load_config, resolve

@@ -27,7 +27,13 @@ from tests.slicing.architectures import N_BLOCKS, make_checkpoint
 
 MODULES = (
     "peer.service",
+    "peer.visit",
+    "peer.pushes",
+    "peer.intake",
+    "peer.arrival",
     "peer.session",
+    "peer.table",
+    "peer.room",
     "peer.pump",
     "peer.worker",
     "peer.engine",

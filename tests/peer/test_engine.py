@@ -19,10 +19,12 @@ from peer.accounts import Account
 from peer.budget import JournalBudget, KvBudget, MessageBudget
 from peer.compute import ComputeThread
 from peer.config import PeerConfig
+from peer.delivery import Delivery
 from peer.engine import Engine
 from peer.meter import Meter
 from peer.scheduler import Scheduler
-from peer.session import Delivery, Session, SessionTable
+from peer.session import Session
+from peer.table import SessionTable
 from peer.tally import Tally
 from peer.worker import Worker
 from protocol.errors import BadMessage, PeerFault, PeerFull, SessionLost
@@ -327,7 +329,7 @@ async def test_what_sessions_announce_is_weighed_by_what_they_use(model: SpanMod
             session = one.open(tag, max_tokens=50 * PAGE_TOKENS)
             await one.step(session, prompt(2, 1))
             one.table.close(session)
-        assert one.table.used_share < 0.1
+        assert one.table.room.used_share < 0.1
         for tag in range(6):
             one.open(tag, max_tokens=50 * PAGE_TOKENS)
         with pytest.raises(PeerFull):

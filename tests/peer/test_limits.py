@@ -18,7 +18,7 @@ import grpc.aio
 import pytest
 import torch
 
-from peer import pump, service
+from peer import arrival, pushes, replies, visit
 from peer.gate import Entry, Lists
 from peer.host import SpanHost
 from peer.work import Work
@@ -34,23 +34,16 @@ from protocol.messages import HIDDEN, Close, Failure, Open, Opened, Route, Step,
 from protocol.span import Span
 from tensor_codecs import codec
 from tests.harness import KnownPeers, open_host, record_of
+from tests.tiny import WIDTH
+from tests.waiting import until
 
-WIDTH = 64
 WAIT_S = 20.0
 SPAN = Span(0, 4)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(4)
 
 
 class Client:
@@ -133,17 +126,8 @@ async def clients(host: SpanHost, *tokens: JoinToken | None) -> AsyncIterator[li
             await each.known.close()
 
 
-async def until(holds: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"waited {WAIT_S:g} s in vain for {what}") from None
-
-
 def account(host: SpanHost, client: Client) -> Any:
-    return host.service.gate.accounts.of("", client.key.client_id, time.monotonic())
+    return host.house.gate.accounts.of("", client.key.client_id, time.monotonic())
 
 
 # ---------------------------------------------------------------------------- who comes in
@@ -165,7 +149,7 @@ async def test_a_private_peer_opens_no_session_without_proof(checkpoint: Path) -
 
 async def test_who_is_denied_opens_no_session(checkpoint: Path) -> None:
     async with peer(checkpoint) as host, clients(host, None, None) as (denied, other):
-        host.service.gate._entry = Entry(lists=Lists.of([], [denied.key.client_id]))
+        host.house.gate._entry = Entry(lists=Lists.of([], [denied.key.client_id]))
         assert isinstance(await denied.refusal(), NotAdmitted)
         await other.session()
 
@@ -302,7 +286,7 @@ async def test_streams_from_one_address_are_counted(checkpoint: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await streams[0].send(Close().to_proto())
         assert await streams[0].reply() is None
-        await until(lambda: sum(host.service.gate.accounts._streams.values()) == 2, "the stream to be counted out")
+        await until(lambda: sum(host.house.gate.accounts._streams.values()) == 2, "the stream to be counted out")
         await greedy.session()
 
 
@@ -310,21 +294,21 @@ async def test_streams_from_one_address_are_counted(checkpoint: Path) -> None:
 
 
 async def test_a_stream_that_opens_nothing_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "OPEN_S", 0.5)
+    monkeypatch.setattr(visit, "OPEN_S", 0.5)
     async with peer(checkpoint) as host, clients(host, None) as (idle,):
         silent = Stream(idle.stub)
-        await until(lambda: bool(host.service.gate.accounts._streams), "the stream to be there")
+        await until(lambda: bool(host.house.gate.accounts._streams), "the stream to be there")
         error = await silent.refusal()
         assert isinstance(error, PeerLost) and "an opening did not come in time" in error.message
         assert await silent.reply() is None
-        await until(lambda: not host.service.gate.accounts._streams, "the stream to be gone")
+        await until(lambda: not host.house.gate.accounts._streams, "the stream to be gone")
         resting = await idle.session()
         await asyncio.sleep(0.8)
         assert isinstance(await resting.ask(*step_frames(step())), StepResult), "with a session, one may rest"
 
 
 async def test_a_step_that_stops_coming_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "STALL_S", 0.2)
+    monkeypatch.setattr(arrival, "STALL_S", 0.2)
     async with (
         peer(checkpoint, kv_tokens=20_000, max_step_tokens=4096) as host,
         clients(host, None) as (slow,),
@@ -340,8 +324,8 @@ async def test_a_step_that_stops_coming_is_cut_off(checkpoint: Path, monkeypatch
 
 async def test_a_step_that_drips_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then is not silence; but so slow no line is."""
-    monkeypatch.setattr(service, "STALL_S", 0.3)
-    monkeypatch.setattr(service, "SLOWEST_BYTES_S", 1 << 30)
+    monkeypatch.setattr(arrival, "STALL_S", 0.3)
+    monkeypatch.setattr(arrival, "SLOWEST_BYTES_S", 1 << 30)
     async with (
         peer(checkpoint, kv_tokens=20_000, max_step_tokens=4096) as host,
         clients(host, None) as (slow,),
@@ -364,7 +348,7 @@ async def test_a_step_that_drips_is_cut_off(checkpoint: Path, monkeypatch: pytes
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pump, "SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(replies, "SEND_TIMEOUT_S", 0.3)
     async with (
         peer(checkpoint, kv_tokens=40_000, max_step_tokens=4096) as host,
         clients(host, None) as (deaf,),
@@ -376,8 +360,8 @@ async def test_a_client_that_reads_nothing_is_cut_off(checkpoint: Path, monkeypa
                 await stream.send(*step_frames(step(number, number * 2048, 2048)))
 
         asking = asyncio.create_task(ask_on())
-        await until(lambda: host.service.begun > 1, "steps to come")
-        await until(lambda: not host.service.gate.accounts._streams, "the stream to be gone")
+        await until(lambda: host.house.intake.begun > 1, "steps to come")
+        await until(lambda: not host.house.gate.accounts._streams, "the stream to be gone")
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         session = next(iter(host.sessions))
@@ -392,14 +376,14 @@ async def test_a_session_without_steps_is_dropped_and_its_stream_ends(checkpoint
         assert host.sessions.reclaim(time.monotonic() + host._config.session_idle_s - 1.0) == 0
         assert host.sessions.reclaim(time.monotonic() + host._config.session_idle_s + 1.0) == 1
         assert await stream.reply() is None
-        assert not host.service.gate.accounts._streams
+        assert not host.house.gate.accounts._streams
         assert isinstance(await idle.refusal(resume=True), SessionLost)
 
 
 async def test_pushes_that_nobody_takes_are_not_answered_for_ever(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "MOST_REFUSED", 8)
+    monkeypatch.setattr(pushes, "MOST_REFUSED", 8)
     async with peer(checkpoint) as host, clients(host, None) as (stranger,):
         call: Any = stranger.stub.Push()
         frame = next(iter(step_frames(step())))
@@ -410,11 +394,11 @@ async def test_pushes_that_nobody_takes_are_not_answered_for_ever(
             while await call.read() is not grpc.aio.EOF:
                 answers += 1
         assert answers == 8
-        await until(lambda: not host.service.gate.accounts._streams, "the stream to be gone")
+        await until(lambda: not host.house.gate.accounts._streams, "the stream to be gone")
 
 
 async def test_a_push_that_stops_coming_is_cut_off(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "STALL_S", 0.2)
+    monkeypatch.setattr(arrival, "STALL_S", 0.2)
     async with (
         peer(checkpoint, kv_tokens=20_000, max_step_tokens=4096) as host,
         clients(host, None) as (owner,),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.config import PeerConfig
-from peer.host import probe_kv_bytes
+from peer.gauge import probe_kv_bytes
 from peer.loading import SpanLoader, cpu_dtype
 from peer.memory import KV_TOKENS_MAX, KV_TOKENS_MIN, MARGIN_SHARE, blocks_that_fit, fewer_blocks, kv_tokens
 from protocol.errors import ConfigError, UserError

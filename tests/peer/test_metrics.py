@@ -21,8 +21,8 @@ from torch import Tensor
 
 from client.blame import Blame
 from client.config import ClientConfig
-from client.open_chain import SessionSpec
 from client.session import Session
+from client.spec import SessionSpec
 from peer.config import PeerConfig
 from peer.host import SpanHost
 from peer.metrics import families, serving_metrics

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dht.record import MAX_RTTS, PeerRecord
 from peer.neighbours import FORGET_S, NEAREST, Neighbours, likely_next
@@ -26,16 +26,8 @@ def peers(*spans: str) -> list[PeerRecord]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(4)
 
 
 def test_those_that_can_go_on_are_likely() -> None:

@@ -23,10 +23,12 @@ from client.chain import Link
 from client.hop import Hop
 from dht.record import PeerRecord
 from peer import links
+from peer.delivery import Delivery
 from peer.host import SpanHost
 from peer.links import Links
-from peer.pump import ReplyStream
-from peer.session import Delivery, Session
+from peer.pump import Pump
+from peer.replies import ReplyStream
+from peer.session import Session
 from peer.tally import Tally
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
@@ -52,38 +54,22 @@ from slicing import CacheOp as SpanOp
 from slicing import SpanCache, SpanModel, load_span, resolve
 from tensor_codecs import codec, dtype_of
 from tests.harness import KnownPeers, identity, open_host, record_of
+from tests.tiny import WIDTH
+from tests.waiting import until
 
-N_BLOCKS, WIDTH = 4, 64
+N_BLOCKS = 4
 FIRST, SECOND = Span(0, 2), Span(2, 4)
 WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=N_BLOCKS, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(N_BLOCKS)
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> SpanModel:
     return load_span(resolve(str(checkpoint)), Span(0, N_BLOCKS), dtype=torch.float32)
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    """Waits for a condition."""
-    try:
-        async with asyncio.timeout(WAIT_S):
-            while not holds():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"waited {WAIT_S:g} s in vain for {what}") from None
 
 
 class Visit:
@@ -209,7 +195,7 @@ class Peers:
 
     def links(self) -> Links:
         """Those of the first peer."""
-        found = self.hosts[0].service.links
+        found = self.hosts[0].house.links
         assert found is not None
         return found
 
@@ -308,7 +294,7 @@ async def test_a_chain_pushes_and_its_results_come_from_the_last_peer(two: Peers
     assert [[hop.start for hop in result.step.trace] for result in results] == [[0, 2]] * 4
     assert [result.step.step_id for result in results] == [0, 1, 2, 3]
     assert [result.undelivered for result in results] == [""] * 4
-    assert [(host.service.begun, host.service.pushed, host.service.relayed) for host in two.hosts] == [
+    assert [(host.house.intake.begun, host.house.intake.pushed, host.house.intake.relayed) for host in two.hosts] == [
         (4, 0, 0),
         (0, 4, 0),
     ]
@@ -327,7 +313,7 @@ async def test_nobody_takes_steps_under_a_token_that_is_wrong(two: Peers, model:
         assert isinstance(error, StaleEpoch), error
     state = await visit.progress()
     assert (state.received, state.next_step, state.arriving_bytes) == (0, 0, 0)
-    assert host.service.pushed == 0
+    assert host.house.intake.pushed == 0
     await pusher.push(visit.edge, *step_frames(right))
     same([await visit.result()], reference(model, TOKENS[:1], SECOND))
     assert await pusher.end() == []
@@ -481,7 +467,7 @@ async def test_long_steps_of_two_sessions_share_a_link(checkpoint: Path, model: 
         for seed, (_, second) in enumerate(chains):
             same(await told(second, 2), reference(model, [tokens, 1], Span(0, 4), rows, seed))
         assert len(two.links()._links) == 1
-        assert two.hosts[1].service.pushed == 4
+        assert two.hosts[1].house.intake.pushed == 4
 
 
 @pytest.mark.parametrize("ending", ["half-close", "cancel"])
@@ -540,7 +526,7 @@ async def test_a_next_peer_that_is_unknown(two: Peers, model: SpanModel) -> None
     for result in results:  # what the client does with them
         await second.send(*step_frames(result.step))
     same(await told(second, 4), reference(model, TOKENS, Span(0, 4)))
-    assert (two.hosts[1].service.pushed, two.hosts[1].service.relayed) == (0, 4)
+    assert (two.hosts[1].house.intake.pushed, two.hosts[1].house.intake.relayed) == (0, 4)
     await until(lambda: not two.links()._links, "the link to nobody to end")
 
 
@@ -568,7 +554,7 @@ async def test_a_next_peer_with_another_certificate_than_its_record_says(two: Pe
     await first.send(*step_frames(steps(TOKENS)[0]))
     (result,) = await told(first, 1)
     assert "another certificate is shown than its record names" in result.undelivered
-    assert two.hosts[1].service.pushed == 0
+    assert two.hosts[1].house.intake.pushed == 0
 
 
 async def test_a_next_peer_that_refuses(two: Peers, model: SpanModel) -> None:
@@ -890,7 +876,7 @@ async def test_a_way_that_changes_while_an_output_is_under_way(two: Peers, what:
     session, client = visit.session, SlowClient()
     visit.call.cancel()
     await until(lambda: not host.service._visits, "the client's stream to end")
-    pumping = asyncio.create_task(host.service.pump(session, client).run())
+    pumping = asyncio.create_task(Pump(host.house, session, client).run())
     session.reroute(Route(1, 0))
     await client.is_asked.wait()
     if what == "a new epoch":
@@ -938,7 +924,7 @@ async def test_a_client_that_comes_back_takes_its_session_over(two: Peers, model
     with pytest.raises(AssertionError, match="the stream has ended"):
         await old.reply()
     await until(lambda: len(host.service._visits) == 1 and is_free(host), "the old stream to be forgotten")
-    assert [name for name in running() if name == "_Visit._pump"] == ["_Visit._pump"]
+    assert [name for name in running() if name == "Visit._pump"] == ["Visit._pump"]
     await new.route(next_step=1)
     await pusher.push(new.edge, *step_frames(replace(made[1], epoch=2)))
     results.append(await new.result())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,21 +33,12 @@ from protocol.messages import TensorSpec as Spec
 from protocol.span import Span
 from tensor_codecs import codec, dtype_name
 from tests.harness import KnownPeers, open_host, record_of
-
-WIDTH = 64
+from tests.tiny import WIDTH
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(4)
 
 
 class Stream:

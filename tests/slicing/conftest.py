@@ -1,8 +1,8 @@
-"""Tiny models on disk, made once per test run, and the unsplit models to compare with."""
+"""Tiny models on disk, made once per test run, the unsplit models to compare with, and what is read of files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +10,12 @@ import pytest
 import torch
 
 from slicing import ModelSource, load_config, model_class, resolve
-from tests.slicing.architectures import make_checkpoint
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    """One thread, as the laws are stated for; no progress bars of transformers (the unsplit models') in the output."""
-    from transformers.utils import logging
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
+from slicing.checkpoint import StoredTensor, read_tensor
+from tests.models import _one_quiet_thread, checkpoint  # noqa: F401  # fixtures
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """checkpoint("llama"): the folder of that tiny model. Read-only; copy it to damage it."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            make_checkpoint(name, folder)
-            made[name] = folder
-        return made[name]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def source(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelSource]:
+def source(checkpoint: Callable[[str], Path]) -> Callable[[str], ModelSource]:  # noqa: F811  # its fixture
     """source("llama"): the same as a ModelSource."""
     return lambda name: resolve(str(checkpoint(name)))
 
@@ -56,3 +30,16 @@ def unsplit(source: Callable[[str], ModelSource]) -> Callable[[str], Any]:
         return cls.from_pretrained(source(name).location, config=config, dtype=torch.float32).eval()
 
     return load
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
+    """The tensors that were read from files so far."""
+    found: list[StoredTensor] = []
+
+    def noting(path: Path, stored: StoredTensor) -> torch.Tensor:
+        found.append(stored)
+        return read_tensor(path, stored)
+
+    monkeypatch.setattr("slicing.loading.read_tensor", noting)
+    return found

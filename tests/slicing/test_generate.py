@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from slicing import CacheOp, Head, ModelSource, RemoteCache, load_head
+from tests.generating import COMMON, IDS, PADDED, SINGLE, bad_draft, each
 from tests.slicing.architectures import N_BLOCKS, VOCABULARY
 from tests.slicing.chain import LocalChain
 
@@ -20,29 +20,11 @@ MAIN = ["llama", "gemma3_text", "gpt2"]
 MORE = ["bloom", "gpt_oss", "qwen3_moe", "deepseek_v3", "falcon", "gemma3n", "gemma4_text", "opt", "llama4_text"]
 RECURRENT = ["qwen3_next", "jamba", "mamba", "mamba2", "nemotron_h", "lfm2"]
 
-IDS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(5))
-MASK = torch.ones_like(IDS)
-MASK[1, :4] = 0
-PADDED = {"inputs": IDS.masked_fill(MASK == 0, 0), "attention_mask": MASK}
-SINGLE = {"inputs": IDS[:1]}
-REPETITIVE = {"inputs": torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]])}
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {**PADDED, "max_new_tokens": 20, "do_sample": False},
-    "sampling": {
-        **PADDED,
-        "max_new_tokens": 20,
-        "do_sample": True,
-        "top_k": 20,
-        "top_p": 0.9,
-        "temperature": 0.8,
-        "repetition_penalty": 1.2,
-        "no_repeat_ngram_size": 3,
-    },
-    "several sequences": {**SINGLE, "max_new_tokens": 12, "do_sample": True, "num_return_sequences": 3},
-    "beams": {**PADDED, "max_new_tokens": 12, "num_beams": 4, "num_return_sequences": 2, "do_sample": False},
-    "beam sampling": {**PADDED, "max_new_tokens": 12, "num_beams": 3, "do_sample": True},
-    "prompt lookup": {**REPETITIVE, "max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 4},
+    **COMMON,
+    "sampling": {**COMMON["sampling"], "no_repeat_ngram_size": 3},
     "chunked prefill": {**SINGLE, "max_new_tokens": 8, "do_sample": False, "prefill_chunk_size": 5},
     "guidance": {**SINGLE, "max_new_tokens": 8, "do_sample": False, "guidance_scale": 1.5},
     "static cache asked for": {**SINGLE, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"},
@@ -60,11 +42,8 @@ class Pair:
 
     def both(self, **arguments: Any) -> tuple[Any, Any]:
         """What the two generate, from the same seed."""
-        results = []
-        for model in (self.unsplit, self.head):
-            torch.manual_seed(7)
-            results.append(model.generate(**arguments))
-        return results[0], results[1]
+        unsplit, other = each((self.unsplit, self.head), **arguments)
+        return unsplit, other
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +67,7 @@ def pairs(source: Callable[[str], ModelSource], unsplit: Callable[[str], Any]) -
 
 @pytest.fixture(scope="module")
 def draft() -> Any:
-    """A bad draft model: most of what it proposes is taken back."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
-    model: Any = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return bad_draft(VOCABULARY)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -20,20 +20,6 @@ from tests.slicing.architectures import MORE, N_BLOCKS, RARE, REQUIRED
 ALL = [pytest.param(name, marks=[pytest.mark.slow] if name in MORE | RARE else []) for name in REQUIRED | MORE | RARE]
 
 
-@pytest.fixture(name="read")
-def _read(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
-    """The tensors that were read from files so far."""
-    read: list[StoredTensor] = []
-    original = checkpoint_module.read_tensor
-
-    def noting(path: Path, stored: StoredTensor) -> torch.Tensor:
-        read.append(stored)
-        return original(path, stored)
-
-    monkeypatch.setattr("slicing.loading.read_tensor", noting)
-    return read
-
-
 def outputs(model: SpanModel) -> list[torch.Tensor]:
     """A prefill of random hidden states and two decode steps."""
     cache = model.new_cache()

@@ -88,7 +88,7 @@ def test_blocks_are_quantised_a_few_at_a_time(
     source: Callable[[str], ModelSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = load_span(source("llama"), Span(0, 4), quantization="int8")
-    monkeypatch.setattr("slicing.span_model.QUANTIZED_AT_ONCE_BYTES", 1)
+    monkeypatch.setattr("slicing.blocks.QUANTIZED_AT_ONCE_BYTES", 1)
     one_by_one = load_span(source("llama"), Span(0, 4), quantization="int8")
     assert torch.equal(run(at_once)[1], run(one_by_one)[1])
     blocks: dict[int, Any] = dict(one_by_one.blocks)

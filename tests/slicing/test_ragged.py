@@ -218,20 +218,24 @@ def alone(model: SpanModel, pieces: list[Tensor]) -> Tensor:
 
 
 def check(model: SpanModel, lengths: tuple[int, ...], seed: int) -> None:
-    """Passes of random pieces of all sessions that are not at their end, against each session at once."""
+    """Passes of random pieces of all sessions that are not at their end, against each session at once. Some pieces end
+    a step: only then its tokens are seen, as peers have it."""
     random = torch.Generator().manual_seed(seed)
     ragged, hidden = RaggedSpan(model), prompts(lengths, model, seed)
     caches = [PagedCache(WHOLE) for _ in lengths]
     outputs: list[list[Tensor]] = [[] for _ in lengths]
+    written = [0] * len(lengths)
     while any(cache.n_tokens < length for cache, length in zip(caches, lengths, strict=True)):
         stretches: dict[int, Stretch] = {}
         for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-            if (left := length - cache.n_tokens) and int(torch.randint(4, (), generator=random)):
+            if (left := length - written[i]) and int(torch.randint(4, (), generator=random)):
                 tokens = 1 + int(torch.randint(left, (), generator=random))
-                stretches[i] = Stretch(cache, hidden[i][:, cache.n_tokens : cache.n_tokens + tokens], cache.n_tokens)
+                stretches[i] = Stretch(cache, hidden[i][:, written[i] : written[i] + tokens], written[i])
         if stretches:
             for (i, stretch), output in zip(stretches.items(), ragged.run(list(stretches.values())), strict=True):
                 outputs[i].append(output)
-                caches[i].advance(stretch.tokens)
+                written[i] += stretch.tokens
+                if written[i] == lengths[i] or int(torch.randint(2, (), generator=random)):
+                    caches[i].advance(written[i] - caches[i].n_tokens)
     for found, h in zip(outputs, hidden, strict=True):
         assert torch.allclose(torch.cat(found, dim=-2), alone(model, [h]), atol=1e-4, rtol=0)

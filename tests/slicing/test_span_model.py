@@ -20,17 +20,7 @@ from tests.slicing.chain import LocalChain
 from tests.slicing.steps import assert_same_bits, logits_of
 
 
-def test_only_the_tensors_of_the_span_are_read(
-    source: Callable[[str], ModelSource], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[StoredTensor] = []
-    original = checkpoint_module.read_tensor
-
-    def noting(path: Path, stored: StoredTensor) -> torch.Tensor:
-        read.append(stored)
-        return original(path, stored)
-
-    monkeypatch.setattr("slicing.loading.read_tensor", noting)
+def test_only_the_tensors_of_the_span_are_read(source: Callable[[str], ModelSource], read: list[StoredTensor]) -> None:
     span = load_span(source("llama"), Span(2, 4))
     names = {stored.name for stored in read}
     assert names == {n for n in weight_map(source("llama")) if n.startswith(("model.layers.2.", "model.layers.3."))} | {

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
-from client.blame import Blame
-from client.config import ClientConfig
 from client.hop import Hop
 from client.inquest import Report
-from client.open_chain import QUIET_S, OpenChain, SessionSpec, SessionStats
-from client.times import Times
+from client.inquiry import QUIET_S, reports_of
 from protocol.errors import PeerLost
 from protocol.messages import Progress
 
@@ -40,11 +37,9 @@ class Told:
 
 async def asked(*after_s: float, slack_s: float = 0.0, **rtts_ms: float) -> tuple[list[bool], float]:
     """Which of the hops a, b, ... were heard, and after how many seconds that was known."""
-    peers = cast(Any, SimpleNamespace(times=lambda: Times(rtts_ms)))
-    chain = OpenChain(SessionSpec("", 6), peers, Blame(1.0), ClientConfig(), SessionStats(), cast(Any, None), print)
-    chain.hops = [cast(Hop, Told("abc"[i], after)) for i, after in enumerate(after_s)]
+    hops = [cast(Hop, Told("abc"[i], after)) for i, after in enumerate(after_s)]
     began_s = time.monotonic()
-    reports = await chain.reports(TIMEOUT_S, slack_s)
+    reports = await reports_of(hops, rtts_ms, TIMEOUT_S, slack_s)
     return [isinstance(report, Progress) for report in reports], time.monotonic() - began_s
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.model import GenerationSession
+from client.conversation import GenerationSession
 
 
 def ids(*tokens: int) -> Tensor:
