@@ -14,7 +14,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import client.api.server, client.cli, dashboard.server, demo.cli, dht.cli, peer.cli, tests.preloaded'
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -c 'import client.api.server, client.cli, dashboard.server, demo.cli, dht.cli, peer.cli, tests.preloaded'
 	@touch $@
 
 demo: setup
