@@ -51,7 +51,8 @@ What was already shown cannot be taken back. The session is given up at its next
 again with others, from the same random numbers, before it returns: the caller gets the right answer. `on_event` is
 told the first token in doubt; a streamer that has not ended yet gets the right tokens from there on, after a call of
 its `on_doubt(first)`, if it has that. At its end an answer waits for audits that are under way (`audit_wait_s`). The
-gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`.
+gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`, which names
+the first token in doubt.
 
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
 a budget), or was told by a peer that was replaced since; rows with padding, and rows that were moved about, as in beam

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,34 +25,12 @@ from protocol.messages import Step
 from slicing import RemoteCache
 from tests.api.local import Reader, _Hosts, _loop
 from tests.harness import identity
-
-Lie = Callable[[int, Tensor], Tensor]
+from tests.liars import Liar, Lie, honest, lies_from
 
 IDS = torch.tensor([[5, 17, 3, 42, 8]])
 NEW_TOKENS = 24
 SPANS = ("0:3", "3:6", "3:6", "3:6", "0:3")
 LIAR = 1  # of these hosts; the first two make the chain
-
-
-def honest(step_id: int, hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def lies_from(first: int) -> Lie:
-    return lambda step_id, hidden: -hidden if step_id >= first else hidden
-
-
-@dataclass(eq=False)
-class Liar:
-    """Stands between a peer's blocks and what it sends."""
-
-    host: SpanHost
-    lie: Lie = honest
-
-    def __post_init__(self) -> None:
-        worker = cast(Any, self.host.engine)._worker
-        onward = worker._onward
-        worker._onward = lambda session, step, hidden: onward(session, step, self.lie(step.step_id, hidden))
 
 
 @dataclass
