@@ -26,7 +26,8 @@ from client.config import ClientConfig
 from client.hop import Hop
 from client.ledger import is_cropped, is_input, wrong_outputs
 from client.open_chain import OpenChain, Peers, SessionSpec
-from client.shadow import Shadow, hidden_of
+from client.own_blocks import OwnBlocks, OwnShadow
+from client.shadow import Recomputation, Shadow, hidden_of
 from client.tolerance import Kind, bound, distances
 from client.verdict import Distance, judge
 from protocol.errors import BlocksMissing, Doubted, PotluckError, SessionLost
@@ -62,7 +63,7 @@ class _Case:
 
     hop: Hop
     wanted: int | None = None
-    shadow: Shadow | None = None
+    shadow: Recomputation | None = None
     task: asyncio.Task[None] | None = None
     is_undecided: bool = False
 
@@ -96,6 +97,7 @@ class Auditor:
         inputs: what entered the first block.
         chain: the session's.
         tell: told, in one sentence, what was found.
+        own: blocks that this client has itself; where they cover a hop's, it audits that without others.
 
     Attributes:
         doubt: why the session has to begin anew; None: nothing speaks against it.
@@ -111,6 +113,7 @@ class Auditor:
         chain: OpenChain,
         tell: Callable[[str], None],
         rng: random.Random | None = None,
+        own: OwnBlocks | None = None,
     ) -> None:
         self.stats = AuditStats()
         self.doubt: Doubted | None = None
@@ -121,6 +124,7 @@ class Auditor:
         self._inputs = inputs
         self._chain = chain
         self._tell = tell
+        self._own = own
         self._rng = rng or random.Random()
         self._audits = config.audit > 0 and not spec.stateless
         self._results = StepLog(keeps_all=True)  # what came out of the last block
@@ -215,10 +219,10 @@ class Auditor:
                 case.drop_shadow()
         if case.hop not in self._chain.hops:
             raise _Unaudited("the hop has left the chain")
-        case.shadow = await self._shadow(case.hop.link, {case.hop.link.peer.peer_id})
+        case.shadow = self._own_shadow(case.hop.link) or await self._shadow(case.hop.link, {case.hop.link.peer.peer_id})
         await self._compare(case, case.shadow, step_id)
 
-    async def _compare(self, case: _Case, shadow: Shadow, step_id: int) -> None:
+    async def _compare(self, case: _Case, shadow: Recomputation, step_id: int) -> None:
         account = await self._account(case.hop, shadow.next_step, step_id)
         if account is None:
             return
@@ -264,6 +268,16 @@ class Auditor:
             raise _Unaudited("what it was told is no longer known")
         return inputs, outputs
 
+    def _own_shadow(self, link: Link) -> OwnShadow | None:
+        """This client as the shadow of a hop, if it has its blocks, and compares them as closely as others would."""
+        own = self._own
+        if own is None or not own.covers(link.span):
+            return None
+        without, kind = {link.peer.peer_id}, _kind(link)
+        if kind.quantization not in ("", "none") and self._others(link, without, kind) is not None:
+            return None  # whose weights were rounded in the same way
+        return OwnShadow(own, link.span, self._spec.codec)
+
     async def _shadow(self, link: Link, without: Collection[str]) -> Shadow:
         """A shadow of a hop, opened, by other peers than these.
 
@@ -306,8 +320,11 @@ class Auditor:
 
     # ------------------------------------------------------------------ who lies
 
-    async def _decide(self, case: _Case, shadow: Shadow, mismatch: _Mismatch) -> None:
+    async def _decide(self, case: _Case, shadow: Recomputation, mismatch: _Mismatch) -> None:
         hop = case.hop
+        if not shadow.peer_ids:
+            self._convict(hop, mismatch.position, "did not compute what this client did")
+            return
         third = await self._third(hop, shadow, mismatch)
         culprit = judge(mismatch.apart, *third)
         logger.info("%s and %s differ by %.2g: %s", hop.name, shadow.name, mismatch.apart.apart, culprit)
@@ -329,7 +346,9 @@ class Auditor:
             )
             case.drop_shadow()
 
-    async def _third(self, hop: Hop, shadow: Shadow, mismatch: _Mismatch) -> tuple[Distance | None, Distance | None]:
+    async def _third(
+        self, hop: Hop, shadow: Recomputation, mismatch: _Mismatch
+    ) -> tuple[Distance | None, Distance | None]:
         """How far a third peer is from the audited one and from its auditor."""
         third: Shadow | None = None
         try:

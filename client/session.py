@@ -27,6 +27,7 @@ from client.deadline import StepTimes
 from client.hop import Hop
 from client.ledger import broken_edge
 from client.open_chain import ChainBroken, Loss, OpenChain, Peers, SessionSpec, SessionStats
+from client.own_blocks import OwnBlocks
 from client.trace import Recorder
 from client.trial import Patience, Trial
 from protocol.errors import PeerError, PeerFault, PeerLost, PotluckError, StaleEpoch, WireError
@@ -50,6 +51,7 @@ class Session:
 
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
+        own: blocks that the client has itself, for audits.
 
     Attributes:
         record: what became of its steps, hop by hop; see `client.trace.trace_of`.
@@ -63,6 +65,7 @@ class Session:
         blame: Blame,
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
+        own: OwnBlocks | None = None,
     ) -> None:
         self.spec = spec
         self.stats = SessionStats()
@@ -71,7 +74,7 @@ class Session:
         self._config = config
         self._chain = OpenChain(spec, peers, blame, config, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
-        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell)
+        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell, own=own)
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches

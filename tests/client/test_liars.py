@@ -20,7 +20,7 @@ from client.session import Session
 from client.swarm import Swarm
 from peer.host import SpanHost
 from protocol.credentials import ClientKey, Credentials
-from protocol.errors import Doubted
+from protocol.errors import Doubted, UserError
 from protocol.messages import Step
 from slicing import RemoteCache
 from tests.api.local import Reader, _Hosts, _loop
@@ -223,6 +223,36 @@ def test_where_two_differ_and_nobody_else_is_there_it_is_said(checkpoint: Path, 
         client.answer()
         assert any("nobody else serves these blocks" in event for event in client.events), client.events
         assert not any("made again" in event for event in client.events)
+
+
+@pytest.mark.parametrize(("codec", "blocks", "audited"), [("none", "all", 2), ("int8", "0:3", 1)])
+def test_a_client_that_has_the_blocks_itself_audits_alone(
+    checkpoint: Path, peers: Peers, codec: str, blocks: str, audited: int
+) -> None:
+    opened = [host.sessions.opened for host in peers.hosts]
+    settings: dict[str, Any] = {"codec": codec, "audit_blocks": blocks, "speculate": "off"}
+    with use(peers, checkpoint, (0, LIAR), **settings) as client, client.model.session() as session:
+        client.answer()
+        auditor = cast(Session, client.model.blocks.session_of(session.cache)).auditor
+        assert auditor.is_settled and not client.swarm.blame.avoided() and not client.events, client.events
+        assert auditor.stats.tokens >= audited * (IDS.shape[1] + NEW_TOKENS - 2), auditor.stats
+        assert bool(auditor.stats.unaudited) == (audited < 2), "nobody else serves the other blocks"
+    assert sum(host.sessions.opened for host in peers.hosts) == sum(opened) + 2, "those of the answer"
+
+
+def test_whoever_computes_otherwise_than_the_client_itself_lies(checkpoint: Path, peers: Peers, wanted: Tensor) -> None:
+    """One replica, which takes over: of two that differ, nobody else could say which one lies."""
+    peers.liars[LIAR].lie = lies_from(6)
+    with use(peers, checkpoint, (0, 1, 2), audit_blocks="3:6") as client:
+        assert torch.equal(client.answer(), wanted)
+        assert client.swarm.blame.avoided() == {peers.ids[LIAR]}
+        assert any("did not compute what this client did" in event for event in client.events), client.events
+
+
+@pytest.mark.parametrize("blocks", ["some", "4:9"])
+def test_blocks_that_the_model_has_not_are_the_users_mistake(checkpoint: Path, peers: Peers, blocks: str) -> None:
+    with pytest.raises(UserError), use(peers, checkpoint, audit_blocks=blocks):
+        pass
 
 
 @pytest.mark.slow
