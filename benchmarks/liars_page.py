@@ -47,11 +47,16 @@ with neither or with both, or where there is none, both are avoided if others se
 said that the answer is doubtful. A liar is avoided for an hour, by this client alone: nothing is told to others, who
 could not check it.
 
+A client that has blocks itself (`--audit-blocks 0:4`, or `all`) computes again what hops within these did, with no
+other peer: also where nobody else serves them, and nobody can lie alike. Who differs from it is convicted by that.
+Only a hop with quantised weights is left to others of its kind, if there are any, who compare more closely.
+
 What was already shown cannot be taken back. The session is given up at its next step, and `generate` makes the answer
 again with others, from the same random numbers, before it returns: the caller gets the right answer. `on_event` is
 told the first token in doubt; a streamer that has not ended yet gets the right tokens from there on, after a call of
 its `on_doubt(first)`, if it has that. At its end an answer waits for audits that are under way (`audit_wait_s`). The
-gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`.
+gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`, which names
+the first token in doubt.
 
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
 a budget), or was told by a peer that was replaced since; rows with padding, and rows that were moved about, as in beam

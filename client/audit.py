@@ -19,13 +19,15 @@ from dataclasses import dataclass, field, replace
 
 from client.account import Account, Recanted, Unaudited, recalled
 from client.blame import Blame
+from client.chain import Link
 from client.comparison import Mismatch, first_mismatch
 from client.config import ClientConfig
 from client.hop import Hop
 from client.open_chain import OpenChain
+from client.own_blocks import OwnBlocks, OwnShadow
 from client.peers import Peers
 from client.replicas import Replicas
-from client.shadow import Shadow
+from client.shadow import Recomputation, Shadow
 from client.spec import SessionSpec
 from client.tolerance import bound, kind_of
 from client.verdict import Distance, judge
@@ -60,7 +62,7 @@ class _Case:
 
     hop: Hop
     wanted: int | None = None
-    shadow: Shadow | None = None
+    shadow: Recomputation | None = None
     task: asyncio.Task[None] | None = None
     is_undecided: bool = False
 
@@ -77,6 +79,7 @@ class Auditor:
         inputs: what entered the first block.
         chain: the session's.
         tell: told, in one sentence, what was found.
+        own: blocks that this client has itself; where they cover a hop's, it audits that without others.
 
     Attributes:
         doubt: why the session has to begin anew; None: nothing speaks against it.
@@ -92,6 +95,7 @@ class Auditor:
         chain: OpenChain,
         tell: Callable[[str], None],
         rng: random.Random | None = None,
+        own: OwnBlocks | None = None,
     ) -> None:
         self.stats = AuditStats()
         self.doubt: Doubted | None = None
@@ -102,6 +106,7 @@ class Auditor:
         self._chain = chain
         self._tell = tell
         self._replicas = Replicas(spec, peers, blame, config)
+        self._own = own
         self._rng = rng or random.Random()
         self._audits = config.audit > 0 and not spec.stateless
         self._results = StepLog(keeps_all=True)  # what came out of the last block
@@ -196,10 +201,11 @@ class Auditor:
                 case.drop_shadow()
         if case.hop not in self._chain.hops:
             raise Unaudited("the hop has left the chain")
-        case.shadow = await self._replicas.shadow(case.hop.link, {case.hop.link.peer.peer_id})
+        link = case.hop.link
+        case.shadow = self._own_shadow(link) or await self._replicas.shadow(link, {link.peer.peer_id})
         await self._compare(case, case.shadow, step_id)
 
-    async def _compare(self, case: _Case, shadow: Shadow, step_id: int) -> None:
+    async def _compare(self, case: _Case, shadow: Recomputation, step_id: int) -> None:
         account = await self._account(case.hop, shadow.next_step, step_id)
         if account is None:
             return
@@ -231,10 +237,23 @@ class Auditor:
             return None
         return account
 
+    def _own_shadow(self, link: Link) -> OwnShadow | None:
+        """This client as the shadow of a hop, if it has its blocks, and compares them as closely as others would."""
+        own = self._own
+        if own is None or not own.covers(link.span):
+            return None
+        without, kind = {link.peer.peer_id}, kind_of(link.peer)
+        if kind.quantization not in ("", "none") and self._replicas.of(link, without, kind) is not None:
+            return None  # whose weights were rounded in the same way
+        return OwnShadow(own, link.span, self._spec.codec)
+
     # ------------------------------------------------------------------ who lies
 
-    async def _decide(self, case: _Case, shadow: Shadow, mismatch: Mismatch) -> None:
+    async def _decide(self, case: _Case, shadow: Recomputation, mismatch: Mismatch) -> None:
         hop = case.hop
+        if not shadow.peer_ids:
+            self._convict(hop, mismatch.position, "did not compute what this client did")
+            return
         third = await self._third(hop, shadow, mismatch)
         culprit = judge(mismatch.apart, *third)
         logger.info("%s and %s differ by %.2g: %s", hop.name, shadow.name, mismatch.apart.apart, culprit)
@@ -256,7 +275,9 @@ class Auditor:
             )
             case.drop_shadow()
 
-    async def _third(self, hop: Hop, shadow: Shadow, mismatch: Mismatch) -> tuple[Distance | None, Distance | None]:
+    async def _third(
+        self, hop: Hop, shadow: Recomputation, mismatch: Mismatch
+    ) -> tuple[Distance | None, Distance | None]:
         """How far a third peer is from the audited one and from its auditor."""
         third: Shadow | None = None
         try:

@@ -92,6 +92,13 @@ class ClientConfig:
             " lie; 0: none."
         },
     )
+    audit_blocks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks of the model that this client loads itself, e.g. 0:4, or all: what peers compute with these"
+            " it checks by itself, and believes nobody."
+        },
+    )
     audit_wait_s: float = field(
         default=5.0, metadata={"help": "Seconds that a finished answer waits for audits that are under way."}
     )

@@ -19,6 +19,7 @@ from client.conversation import GenerationSession, max_cached
 from client.corrections import MOST_TRIES, Seed, Tracked
 from client.drafters import Draft, Drafter, Lookup, is_plain_draft, load_draft
 from client.lm_head import SharedHead
+from client.own_blocks import OwnBlocks
 from client.remote import RemoteBlocks, Reservation
 from client.speculation import Loop, can_speculate
 from client.stats import SessionStats
@@ -309,7 +310,10 @@ def _build(
     source = resolve(config.model or swarm.only_model())
     dtype = None if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
     head = load_head(source, dtype=dtype, device=config.device, progress=progress)
-    blocks = RemoteBlocks(swarm, fingerprint(source), n_blocks(load_config(source)), config, on_event)
+    total, own = n_blocks(load_config(source)), None
+    if config.audit_blocks is not None:
+        own = OwnBlocks.load(source, config.audit_blocks, total, dtype, config.device, progress)
+    blocks = RemoteBlocks(swarm, fingerprint(source), total, config, on_event, own)
     hasten(head, torch.get_num_threads())
     head.attach(blocks)
     # The architecture's class first in name, SwarmModel first in behaviour.

@@ -23,6 +23,7 @@ from client.chain import Link, agreed_codec
 from client.chunks import LEAST_TOKENS, HopCost, chunk_tokens
 from client.config import ClientConfig
 from client.encoding import chunk_of, decoded, entry_of, row_axis, rows_of, wire_ops
+from client.own_blocks import OwnBlocks
 from client.peers import ModelPeers
 from client.recorder import Recorder
 from client.session import Session
@@ -64,6 +65,7 @@ class RemoteBlocks:
 
     Args:
         on_event: told when a session's chain changes or waits.
+        own: blocks that this client has itself, for audits.
 
     Attributes:
         fingerprint, n_blocks: of the model.
@@ -78,8 +80,10 @@ class RemoteBlocks:
         n_blocks: int,
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
+        own: OwnBlocks | None = None,
     ) -> None:
         self._swarm = swarm
+        self._own = own
         self.fingerprint = fingerprint
         self.n_blocks = n_blocks
         self._config = config
@@ -242,7 +246,7 @@ class RemoteBlocks:
             max_tokens=max_tokens,
             stateless=stateless,
         )
-        return Session(spec, peers, self._swarm.blame, self._config, self._event)
+        return Session(spec, peers, self._swarm.blame, self._config, self._event, self._own)
 
     def _codec(self, peers: ModelPeers) -> str:
         usable = [peer for peer in peers.peers() if self._config.rules.allows(peer)]

@@ -30,6 +30,7 @@ from client.ledger import broken_edge
 from client.loss import ChainBroken, Loss
 from client.mender import Mender
 from client.open_chain import OpenChain
+from client.own_blocks import OwnBlocks
 from client.peers import Peers
 from client.recorder import Recorder
 from client.spec import SessionSpec
@@ -50,6 +51,7 @@ class Session:
 
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
+        own: blocks that the client has itself, for audits.
 
     Attributes:
         record: what became of its steps, hop by hop; see `client.trace.trace_of`.
@@ -63,6 +65,7 @@ class Session:
         blame: Blame,
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
+        own: OwnBlocks | None = None,
     ) -> None:
         self.spec = spec
         self.stats = SessionStats()
@@ -73,7 +76,7 @@ class Session:
         self._chain = OpenChain(peers, blame, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
         self._mender = Mender(self._chain, self._log, spec, peers, blame, config, self.stats, self._tell)
-        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell)
+        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell, own=own)
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches

@@ -1,11 +1,13 @@
-"""A shadow: other peers that compute again what one hop of a session computed, from the same inputs.
+"""A shadow: others that compute again what one hop of a session computed, from the same inputs.
 
-An ordinary session as far as they can tell. It is kept, so that a later look needs only what is new. Nothing is mended
-here: where a peer of it fails, the shadow is given up, and the session itself never notices.
+Where these are peers, it is an ordinary session as far as they can tell. It is kept, so that a later look needs only
+what is new. Nothing is mended here: where a peer of it fails, the shadow is given up, and the session itself never
+notices.
 """
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import itertools
 import secrets
@@ -31,25 +33,83 @@ EPOCH = 1  # a shadow has no other
 PASS_TOKENS = 512  # rows x tokens that are computed at once
 
 
-class Shadow:
-    """Peers in the place of one hop.
-
-    Args:
-        links: that cover the hop's blocks.
+class Recomputation(abc.ABC):
+    """Whoever computes in the place of one hop.
 
     Attributes:
         next_step: the first step of the session that it has not computed.
     """
 
-    def __init__(self, links: Sequence[Link], peers: Peers, spec: SessionSpec) -> None:
+    def __init__(self) -> None:
         self.next_step = 0
+        self._sent = 0  # steps
+        self._tokens = 0  # per row
+
+    @property
+    @abc.abstractmethod
+    def peer_ids(self) -> frozenset[str]:
+        """Who computes; nobody: this client."""
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> Kind:
+        """What they compute with."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """How logs name it."""
+
+    @abc.abstractmethod
+    async def _compute(self, entry: Entry, timeout_s: float) -> Tensor:
+        """What comes out of one step, [..., rows, tokens, H]."""
+
+    @abc.abstractmethod
+    def dismiss(self) -> None:
+        """It is not needed any more."""
+
+    async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
+        """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].
+
+        Raises:
+            SessionLost: they do not go on where it is.
+            PotluckError: one of its peers failed.
+        """
+        journal, found = Journal([self._following(entry) for entry in entries]), list[Tensor]()
+        for batch in journal.batches(PASS_TOKENS):
+            found.append(await self._compute(replace(batch, step_id=self._sent, trace=()), timeout_s))
+            self._sent += 1
+        if not found:
+            return []
+        self.next_step = entries[-1].step_id + 1
+        return list(torch.split(torch.cat(found, dim=-2), [entry.tokens for entry in entries], dim=-2))
+
+    def _following(self, entry: Entry) -> Entry:
+        """The entry as it goes on where this is. Where it comes is in its digest, operations are not: no other is taken
+        over than the crop that follows from that."""
+        crops = [op for op in entry.ops if op.kind == "crop" and op.values == (entry.position,)]
+        if entry.position > self._tokens:
+            raise SessionLost(f"it has {self._tokens} tokens, and what follows starts at {entry.position}")
+        if entry.position < self._tokens and not crops:  # it was done to the log since, and rides on no step
+            crops = [CacheOp("crop", (entry.position,))]
+        self._tokens = entry.position + entry.tokens
+        return replace(entry, ops=(*(op for op in entry.ops if op.kind == "record_past"), *crops))
+
+
+class Shadow(Recomputation):
+    """Peers in the place of one hop.
+
+    Args:
+        links: that cover the hop's blocks.
+    """
+
+    def __init__(self, links: Sequence[Link], peers: Peers, spec: SessionSpec) -> None:
+        super().__init__()
         self._peers = peers
         self._spec = spec
         self._inbox = Inbox()
         secret = secrets.token_bytes(SESSION_ID_BYTES)
         self._hops = [Hop(link, peers.channel(link.peer), secret, self._inbox) for link in links]
-        self._sent = 0  # steps
-        self._tokens = 0  # per row
 
     @property
     def peer_ids(self) -> frozenset[str]:
@@ -82,33 +142,9 @@ class Shadow:
             before.route(Route(EPOCH, 0, after.link.peer.peer_id, after.edge))
         self._hops[-1].route(Route(EPOCH, 0))
 
-    async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
-        """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].
-
-        Raises:
-            SessionLost: they do not go on where it is.
-            PotluckError: one of its peers failed.
-        """
-        journal, found = Journal([self._following(entry) for entry in entries]), list[Tensor]()
-        for batch in journal.batches(PASS_TOKENS):
-            result = await self._step(replace(batch, step_id=self._sent, trace=()), timeout_s)
-            self._sent += 1
-            found.append(await asyncio.to_thread(hidden_of, Entry.of(result.step)))
-        if not found:
-            return []
-        self.next_step = entries[-1].step_id + 1
-        return list(torch.split(torch.cat(found, dim=-2), [entry.tokens for entry in entries], dim=-2))
-
-    def _following(self, entry: Entry) -> Entry:
-        """The entry as it goes on where this is. Where it comes is in its digest, operations are not: no other is taken
-        over than the crop that follows from that."""
-        crops = [op for op in entry.ops if op.kind == "crop" and op.values == (entry.position,)]
-        if entry.position > self._tokens:
-            raise SessionLost(f"it has {self._tokens} tokens, and what follows starts at {entry.position}")
-        if entry.position < self._tokens and not crops:  # it was done to the log since, and rides on no step
-            crops = [CacheOp("crop", (entry.position,))]
-        self._tokens = entry.position + entry.tokens
-        return replace(entry, ops=(*(op for op in entry.ops if op.kind == "record_past"), *crops))
+    async def _compute(self, entry: Entry, timeout_s: float) -> Tensor:
+        result = await self._step(entry, timeout_s)
+        return await asyncio.to_thread(hidden_of, Entry.of(result.step))
 
     async def _step(self, entry: Entry, timeout_s: float) -> StepResult:
         first, last = self._hops[0], self._hops[-1]

@@ -158,7 +158,7 @@ async def assembled(
             say=say,
         )
         whereabouts = await stack.enter_async_context(keeping_track(identity, config, around))
-        standing.place = whereabouts.place
+        standing.place, standing.relay = whereabouts.place, whereabouts.relay
         find = _permitted(Finder(reader).find, entry.lists)
         open_host = partial(SpanHost.open, served=served, identity=identity, config=config, resolve=find, entry=entry)
         hosting = Hosting(standing, announcer, loader, first, balance, open_host, config.drain_s, rng, say)

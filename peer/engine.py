@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from peer.compute import ComputeThread
 from peer.delivery import Delivery
 from peer.meter import Meter
-from peer.scheduler import CostModel, Piece, Scheduler
+from peer.scheduler import CostModel, Due, Piece, Scheduler
 from peer.session import Session
 from peer.table import SessionTable
 from peer.tally import Tally
@@ -132,9 +132,14 @@ class Engine:
     def _patience_s(self, began_s: float) -> float:
         """For how long a pass may wait for more steps, that began to wait at `began_s`."""
         now_s, costs = time.monotonic(), self._costs.now(self._meter.step_ms)
-        present = {id(work.session) for work in self._waiting.values() if work.decodes and work.packs}
-        due_ms = ((session.due_s - now_s) * 1e3 for session in self._decoding(now_s) if id(session) not in present)
-        return self._scheduler.patience_ms(len(present), (now_s - began_s) * 1e3, due_ms, costs) / 1e3
+        here = {id(work.session) for work in self._waiting.values() if work.decodes}
+        due = [
+            Due(session.client, (session.due_s - now_s) * 1e3)
+            for session in self._decoding(now_s)
+            if id(session) not in here
+        ]
+        waiting = [work.waiting() for work in self._waiting.values()]
+        return self._scheduler.patience_ms(waiting, (now_s - began_s) * 1e3, due, costs) / 1e3
 
     async def _pass(self) -> None:
         costs = self._costs.now(self._meter.step_ms)

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from peer import memory
 from peer.host import SpanHost
+from peer.reach.relay import Relay
 from peer.standing import Standing
 from peer.tally import Histogram
 from protocol.errors import ConfigError
@@ -104,6 +105,16 @@ def _by(
     return _Reader(Family(PREFIX + name, kind, text, (label,)), readings)
 
 
+def _relay(kind: Type, name: str, text: str, read: Callable[[Relay], float]) -> _Reader:
+    """Known while others may be reached through this peer."""
+
+    def readings(standing: Standing) -> Iterator[Reading]:
+        if standing.relay is not None:
+            yield (), read(standing.relay)
+
+    return _Reader(Family(PREFIX + name, kind, text, ()), readings)
+
+
 # ---------------------------------------------------------------------- how the longer ones are read
 
 
@@ -146,6 +157,11 @@ def _kv_pages(host: SpanHost) -> dict[str, float]:
 def _received(host: SpanHost) -> dict[str, float]:
     intake = host.house.intake
     return {"begun": intake.begun, "pushed": intake.pushed, "relayed": intake.relayed}
+
+
+def _relay_refusals(standing: Standing) -> Iterator[Reading]:
+    if standing.relay is not None:
+        yield from (((reason,), count) for reason, count in dict(standing.relay.refusals).items())
 
 
 def _cpu_s() -> float:
@@ -309,6 +325,41 @@ READERS: tuple[_Reader, ...] = (
         lambda host: dict(host.tally.refusals),
     ),
     _host("gauge", "links", "Streams to peers after this one.", lambda host: len(host.house.links or ())),
+    # -- what it does for peers that nobody can dial
+    _relay(
+        "gauge", "relay_peers", "Peers that are reached through this one's relay.", lambda relay: relay.board.providers
+    ),
+    _relay(
+        "gauge",
+        "relay_peers_limit",
+        "As many as that it takes.",
+        lambda relay: relay.board.providers + relay.places_left,
+    ),
+    _relay(
+        "gauge",
+        "relay_connections",
+        "Clients' connections to these, those that wait for their peer among them.",
+        lambda relay: relay.board.calls,
+    ),
+    _relay(
+        "counter",
+        "relay_connections_total",
+        "Connections of clients that were joined with a peer's, or this very peer's, by which others try a relay.",
+        lambda relay: relay.joined,
+    ),
+    _relay(
+        "counter",
+        "relay_bytes_total",
+        "Bytes carried, in both directions; each counts once, though it comes in and goes out.",
+        lambda relay: relay.carried_bytes,
+    ),
+    _standing(
+        "counter",
+        "relay_refusals_total",
+        "Connections to the relay that it turned away, by the error's code (see protocol/errors.py).",
+        _relay_refusals,
+        ("reason",),
+    ),
     # -- what it costs the machine
     _standing(
         "gauge",

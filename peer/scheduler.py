@@ -4,8 +4,8 @@ Two promises, kept by what a pass may cost:
 
 - **Clients share alike.** With n clients at work, no pass takes more than n times what a decode step would alone; and
   whoever was served least is served first. That holds for passes without them, too, while they are in the middle of an
-  answer: their next step may come at any moment, and would wait. A client with a hundred sessions slows another one
-  down as if it had one.
+  answer: their next step may come at any moment, and would wait. Where it is due, the pass waits for it: else it would
+  wait for two passes. A client with a hundred sessions slows another one down as if it had one.
 - **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
   time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
   its speed. Where clients are few, their fair parts are less.
@@ -14,7 +14,7 @@ Two promises, kept by what a pass may cost:
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -63,6 +63,19 @@ class Waiting:
     tokens: int
     packs: bool
     decodes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """The next step of an answer, which is not here yet.
+
+    Attributes:
+        client: whose it will be.
+        in_ms: when it is likely to come, from now.
+    """
+
+    client: str
+    in_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,20 +168,35 @@ class Scheduler:
         self._charge(pieces, waiting, costs)
         return tuple(pieces)
 
-    def patience_ms(self, present: int, waited_ms: float, due_ms: Iterable[float], costs: Costs) -> float:
-        """For how long the next pass may wait for more steps. Sessions that decode come back in step with each other;
-        one that is a moment late would have to wait for the others' whole pass, and a pass of its own.
+    def patience_ms(self, waiting: Sequence[Waiting], waited_ms: float, due: Iterable[Due], costs: Costs) -> float:
+        """For how long the next pass may wait for more steps. Two kinds are worth it. The next one of a client that has
+        none here, beside others who have: it would wait for a pass in which it has no part. And, where decode steps
+        share a pass, one more of these, which else would need a pass of its own; but those who have few here do not
+        wait for one who has more already, beyond what the pass may cost.
 
         Args:
-            present: decode steps that wait.
             waited_ms: for how long the pass has waited by now.
-            due_ms: of each other session in the middle of an answer: when its next step is likely to come, from now.
+            due: of each other session in the middle of an answer.
         """
-        if not 0 < present < self._max_batch:
-            return 0.0
-        left_ms, late_ms = GATHERING * costs.pass_ms - waited_ms, LATE * costs.pass_ms
-        coming_ms = [due for due in due_ms if -late_ms < due <= left_ms]
-        return max(0.0, min(left_ms, max(coming_ms) + late_ms)) if coming_ms else 0.0
+        here = [step for step in waiting if step.decodes and step.packs]
+        clients, due = {step.client for step in waiting}, list(due)
+        taking_part = {step.client for step in waiting if step.decodes}
+        late_ms, most_ms = LATE * costs.pass_ms, GATHERING * costs.pass_ms
+        gathers = 0 < len(here) < self._max_batch
+        steps = Counter(step.client for step in here)
+        fewest = min(steps.values(), default=0)
+        tokens = sum(step.tokens for step in here) + (LEAST_PIECE if len(here) < len(waiting) else 0)
+        limit_ms = _limit_ms({*clients, *(step.client for step in due)}, here, costs)
+        longest_ms = 0.0
+        for step in due:
+            is_absent = step.client not in taking_part and clients != {step.client}
+            left_ms = most_ms if gathers or (is_absent and len(taking_part) < self._max_batch) else 0.0
+            if steps[step.client] > fewest:
+                left_ms = min(left_ms, limit_ms - costs.of(tokens + 1))
+            left_ms -= waited_ms
+            if -late_ms < step.in_ms <= left_ms:
+                longest_ms = max(longest_ms, min(left_ms, step.in_ms + late_ms))
+        return longest_ms
 
     def _decodes(self, line: Sequence[Waiting], costs: Costs, clients: Collection[str]) -> list[Piece]:
         steps = [step for step in line if step.decodes]

@@ -11,6 +11,7 @@ from peer import device
 from peer.config import PeerConfig
 from peer.host import SOFTWARE, Served, SpanHost
 from peer.reach.places import Place
+from peer.reach.relay import Relay
 from protocol.hosts import address
 from protocol.identity import Identity
 from protocol.limits import WIRE_VERSION
@@ -34,6 +35,7 @@ class Standing:
         leaving: from then on `state` stays "draining", whatever else happens.
         rtts_ms: round-trip times for the record.
         place: where others reach a port of this machine, instead of at `hosts`.
+        relay: through which others are reached; None: it does not relay, or not yet.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Standing:
         self.leaving = False
         self.rtts_ms: Callable[[], tuple[tuple[str, float], ...]] = tuple
         self.place: Callable[[int], Place] | None = None
+        self.relay: Relay | None = None
         self._digests: tuple[bytes, ...] = ()
         self._hosts = hosts
         self._announce_port = config.announce_port

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import fields
 from importlib import import_module
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peer.config import PeerConfig
+from peer.reach.switchboard import RelayLimits
 from protocol.settings import settings
 
 PAGE = (Path(__file__).parents[1] / "SECURITY.md").read_text()
 ROW = re.compile(r"^\| ([^|]+) \| `([^`|]+)` \| ([^|]+) \| ([^|]+) \|$", re.M)
 ROWS = [match.groups() for match in ROW.finditer(PAGE)]
-UNITS = {"": 1, "%": 0.01, " s": 1, " per s": 1, " KiB": 1 << 10, " MiB": 1 << 20, " KiB per s": 1 << 10}
+UNITS = {
+    "": 1,
+    "%": 0.01,
+    " s": 1,
+    " per s": 1,
+    " KiB": 1 << 10,
+    " MiB": 1 << 20,
+    " KiB per s": 1 << 10,
+    " Mbit per s": 1,
+}
 WORDS = {"from free memory": None, "no limit": None}
 
 
@@ -26,10 +36,10 @@ def value(where: str) -> Any:
     if where.startswith("--"):
         (setting,) = (setting for setting in settings(PeerConfig) if setting.flag == where)
         return setting.default
-    names = where.split(".")
-    modules = list(takewhile(str.islower, names))
-    found: Any = import_module(".".join(modules))
-    for name in names[len(modules) :]:
+    parts = where.split(".")
+    at = next(index for index, part in enumerate(parts) if not part.islower())
+    found: Any = import_module(".".join(parts[:at]))
+    for name in parts[at:]:
         found = getattr(found, name)
         found = found() if isinstance(found, type) else found
     return found
@@ -59,7 +69,12 @@ def test_every_limit_of_a_peer_is_on_the_page() -> None:
     bounded = ("client", "address", "max_", "message_", "journal_", "kv_", "session_idle", "resume")
     flags = {s.flag for s in settings(PeerConfig) if s.name.startswith(bounded)} - {"--max-batch"}
     assert flags <= {where for _, where, *_ in ROWS}
-    assert len(ROWS) > 35
+    assert len(ROWS) > 55
+
+
+def test_every_limit_of_a_relay_is_on_the_page() -> None:
+    limits = {f"peer.reach.switchboard.RelayLimits.{limit.name}" for limit in fields(RelayLimits)}
+    assert limits | {"--relay-mbps"} <= {where for _, where, *_ in ROWS}
 
 
 def test_what_strangers_can_read_is_said_plainly() -> None:

@@ -130,9 +130,11 @@ class Answers:
         """Has the answer made; once more, and by others, where peers lied in it and nobody has seen it yet."""
         try:
             self._run(answer.order, follower)
-        except Doubted:
+        except Doubted as doubt:
             if answer.order.in_pieces:
-                raise
+                first = max(0, doubt.position + 1 - len(answer.order.ids))
+                what = f"the answer is wrong from its token {first} on: a peer lied; ask again, and others compute it"
+                raise Doubted(what, position=doubt.position, peer_id=doubt.peer_id) from doubt
             answer.tokens = 0
             follower = Follower(answer, self._prompts)
             self._run(answer.order, follower)

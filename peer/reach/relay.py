@@ -15,6 +15,7 @@ import contextlib
 import logging
 import secrets
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from peer.reach.frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
 from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
 from peer.reach.splice import Splice
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
-from protocol.errors import ConfigError, PeerError, PotluckError, WireError
+from protocol.errors import ConfigError, PeerError, PeerFull, PotluckError, WireError
 from protocol.hosts import block, ip
 from protocol.identity import certificate_name
 
@@ -62,12 +63,16 @@ class Relay:
         peer_id: this peer's.
         port: at which it listens.
         carried_bytes: so far.
+        joined: connections of clients that it has joined with a peer's, so far.
+        refusals: whom it turned away, so far, by the error's code.
     """
 
     def __init__(self, peer_id: str, settings: RelaySettings) -> None:
         self.peer_id = peer_id
         self.port = 0
         self.carried_bytes = 0
+        self.joined = 0
+        self.refusals: Counter[str] = Counter()
         self.settings = settings
         self.board: Switchboard[Entrance] = Switchboard(settings.limits)
         self._loop = asyncio.get_running_loop()
@@ -146,10 +151,12 @@ class Relay:
             splice.abort()
             client.abort()
             return
+        self.joined += 1
         client.hand_over(splice)
 
     def join(self, call: Call[Entrance], provider: Entrance) -> None:
         """The peer has come for the client."""
+        self.joined += 1
         splice = self._splice(partial(self.board.hang_up, call))
         provider.hand_over(splice, second=True)
         call.client.hand_over(splice)
@@ -194,6 +201,7 @@ class Entrance(asyncio.Protocol):
         self._relay.enter(self)
         self._greeted = self._relay.board.greet(self._block)
         if not self._greeted:
+            self._relay.refusals[PeerFull.code] += 1
             self._transport.abort()
             return
         self._deadline = self._loop.call_later(self._relay.settings.limits.hello_s, self.abort)
@@ -213,6 +221,7 @@ class Entrance(asyncio.Protocol):
                 self._first(data)
         except WireError as error:
             logger.debug("the relay ends a connection: %s", error)
+            self._relay.refusals[error.code] += 1
             self.abort()
         except PeerError as error:
             self._refuse(error)
@@ -318,6 +327,7 @@ class Entrance(asyncio.Protocol):
     def _refuse(self, error: PotluckError) -> None:
         """A peer hears why; a client, which would not understand, does not."""
         logger.debug("the relay refuses a connection: %s", error)
+        self._relay.refusals[error.code] += 1
         if self._frames is not None and self._transport is not None:
             self._transport.write(Frame(Kind.REFUSED, error.message.encode()).encode())
             self._transport.close()

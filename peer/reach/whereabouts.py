@@ -66,6 +66,7 @@ class Whereabouts:
     """Made by `keeping_track`.
 
     Attributes:
+        relay: this peer's own, for others; None: it does not relay.
         position: by what others said last; None: nobody was asked yet.
         known: set once it is known where this peer is announced.
     """
@@ -76,7 +77,7 @@ class Whereabouts:
         self._identity = identity
         self._config = config
         self._around = around
-        self._relay = relay
+        self.relay = relay
         self._rng = random.Random()
         self._moorings = Moorings(identity, around.peers, self._target, self._poke)
         self._mooring: asyncio.Task[None] | None = None
@@ -94,9 +95,9 @@ class Whereabouts:
             return Place()
         relays = self._moorings.addresses if position.needs_relay else ()
         direct = tuple(address(host, port) for host in position.hosts)[: MAX_ADDRESSES - len(relays)]
-        if self._relay is None or not position.relays:
+        if self.relay is None or not position.relays:
             return Place(direct + relays, len(relays))
-        return Place(direct + relays, len(relays), self._relay_port, self._relay.places_left)
+        return Place(direct + relays, len(relays), self._relay_port, self.relay.places_left)
 
     async def run(self) -> None:
         """Asks when it is due, for ever."""
@@ -164,7 +165,7 @@ class Whereabouts:
     @property
     def _relay_port(self) -> int:
         """Where others reach the relay; 0: there is none."""
-        return 0 if self._relay is None else self._config.relay_announce_port or self._relay.port
+        return 0 if self.relay is None else self._config.relay_announce_port or self.relay.port
 
     # ------------------------------------------------------------------ relays
 

@@ -114,20 +114,21 @@ class Local:
 
 
 @contextmanager
-def local(*spans: str, first_identity: int = 0, **settings: Any) -> Iterator[Local]:
+def local(*spans: str, first_identity: int = 0, client: ClientConfig = CLIENT, **settings: Any) -> Iterator[Local]:
     """Peers of these spans of the demo model, and a gateway with these settings of `ApiConfig`.
 
     Args:
+        client: how the gateway uses the swarm.
         first_identity: of `tests.harness`; peers that live at the same time need different ones.
     """
     config = ApiConfig(**({"port": 0} | settings))
     with _loop() as loop:
         hosts_of = _Hosts(Path(resolve(DEMO).location), spans, first_identity)
         hosts = asyncio.run_coroutine_threadsafe(hosts_of.open(), loop).result()
-        reader, swarm = Reader(hosts), Swarm(CLIENT)
+        reader, swarm = Reader(hosts), Swarm(client)
         swarm._credentials = Credentials(ClientKey.ephemeral())
         swarm._loop, swarm._reader = loop, cast(Any, reader)
-        model = SwarmModelForCausalLM.from_pretrained(DEMO, swarm=swarm, config=CLIENT)
+        model = SwarmModelForCausalLM.from_pretrained(DEMO, swarm=swarm, config=client)
         running = Local(loop, hosts, reader, open_gateway(model, config))
         try:
             with _server(running.gateway) as running.url:

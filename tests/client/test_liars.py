@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,40 +20,18 @@ from client.session import Session
 from client.swarm import Swarm
 from peer.host import SpanHost
 from protocol.credentials import ClientKey, Credentials
-from protocol.errors import Doubted
+from protocol.errors import Doubted, UserError
 from protocol.messages import Step
 from slicing import RemoteCache
 from tests.api.local import Reader, _Hosts, _loop
 from tests.harness import identity
+from tests.liars import Liar, Lie, honest, lies_from
 from tests.tiny import write_llama
-
-Lie = Callable[[int, Tensor], Tensor]
 
 IDS = torch.tensor([[5, 17, 3, 42, 8]])
 NEW_TOKENS = 24
 SPANS = ("0:3", "3:6", "3:6", "3:6", "0:3")
 LIAR = 1  # of these hosts; the first two make the chain
-
-
-def honest(step_id: int, hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def lies_from(first: int) -> Lie:
-    return lambda step_id, hidden: -hidden if step_id >= first else hidden
-
-
-@dataclass(eq=False)
-class Liar:
-    """Stands between a peer's blocks and what it sends."""
-
-    host: SpanHost
-    lie: Lie = honest
-
-    def __post_init__(self) -> None:
-        worker = cast(Any, self.host.engine)._worker
-        onward = worker._onward
-        worker._onward = lambda session, step, hidden: onward(session, step, self.lie(step.step_id, hidden))
 
 
 @dataclass
@@ -235,6 +213,36 @@ def test_where_two_differ_and_nobody_else_is_there_it_is_said(checkpoint: Path, 
         client.answer()
         assert any("nobody else serves these blocks" in event for event in client.events), client.events
         assert not any("made again" in event for event in client.events)
+
+
+@pytest.mark.parametrize(("codec", "blocks", "audited"), [("none", "all", 2), ("int8", "0:3", 1)])
+def test_a_client_that_has_the_blocks_itself_audits_alone(
+    checkpoint: Path, peers: Peers, codec: str, blocks: str, audited: int
+) -> None:
+    opened = [host.sessions.opened for host in peers.hosts]
+    settings: dict[str, Any] = {"codec": codec, "audit_blocks": blocks, "speculate": "off"}
+    with use(peers, checkpoint, (0, LIAR), **settings) as client, client.model.session() as session:
+        client.answer()
+        auditor = cast(Session, client.model.blocks.session_of(session.cache)).auditor
+        assert auditor.is_settled and not client.swarm.blame.avoided() and not client.events, client.events
+        assert auditor.stats.tokens >= audited * (IDS.shape[1] + NEW_TOKENS - 2), auditor.stats
+        assert bool(auditor.stats.unaudited) == (audited < 2), "nobody else serves the other blocks"
+    assert sum(host.sessions.opened for host in peers.hosts) == sum(opened) + 2, "those of the answer"
+
+
+def test_whoever_computes_otherwise_than_the_client_itself_lies(checkpoint: Path, peers: Peers, wanted: Tensor) -> None:
+    """One replica, which takes over: of two that differ, nobody else could say which one lies."""
+    peers.liars[LIAR].lie = lies_from(6)
+    with use(peers, checkpoint, (0, 1, 2), audit_blocks="3:6") as client:
+        assert torch.equal(client.answer(), wanted)
+        assert client.swarm.blame.avoided() == {peers.ids[LIAR]}
+        assert any("did not compute what this client did" in event for event in client.events), client.events
+
+
+@pytest.mark.parametrize("blocks", ["some", "4:9"])
+def test_blocks_that_the_model_has_not_are_the_users_mistake(checkpoint: Path, peers: Peers, blocks: str) -> None:
+    with pytest.raises(UserError), use(peers, checkpoint, audit_blocks=blocks):
+        pass
 
 
 @pytest.mark.slow

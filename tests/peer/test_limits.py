@@ -31,6 +31,7 @@ from protocol.frames import Reply, ReplyAssembler, step_frames
 from protocol.join_token import JoinToken
 from protocol.limits import CHUNK_BYTES, PAYLOAD_BYTES
 from protocol.messages import HIDDEN, Close, Failure, Open, Opened, Route, Step, StepResult, TensorSpec
+from protocol.receipts import Receipt
 from protocol.span import Span
 from tensor_codecs import codec
 from tests.harness import KnownPeers, open_host, record_of
@@ -94,8 +95,11 @@ class Stream:
         return None
 
     async def ask(self, *messages: pb.InferRequest) -> Reply | None:
+        """What comes of them; receipts, which are signed in between, are passed over."""
         await self.send(*messages)
-        return await self.reply()
+        while isinstance(reply := await self.reply(), Receipt):
+            pass
+        return reply
 
     async def refusal(self, *messages: pb.InferRequest) -> PotluckError:
         reply = await self.ask(*messages)
@@ -458,6 +462,7 @@ async def test_a_greedy_client_does_not_double_another_ones_time_between_tokens(
             await asyncio.gather(flood, return_exceptions=True)
         assert host.sessions.opened > 60, "it went on opening"
         assert median(alone_s) > PASS_S
+        print(f"\n{median(alone_s) * 1e3:.1f} ms alone, {median(beside_s) * 1e3:.1f} ms beside the flood")
         assert median(beside_s) <= 2.0 * median(alone_s), (median(alone_s), median(beside_s))
 
 

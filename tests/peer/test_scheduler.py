@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.scheduler import GATHERING, LATE, CostModel, Costs, Piece, Scheduler, Waiting
+from peer.scheduler import GATHERING, LATE, SHARED, CostModel, Costs, Due, Piece, Scheduler, Waiting
 from protocol.span import Span
 
 SPAN = Span(0, 4)
@@ -226,20 +227,51 @@ def test_costs_are_never_nothing() -> None:
     assert model.now(None).pass_ms > 0 and model.now(None).token_ms > 0
 
 
-def patience_ms(present: int, waited_ms: float, *due_ms: float) -> float:
-    return scheduler().patience_ms(present, waited_ms, due_ms, COSTS)
+def patience_ms(waiting: Sequence[Waiting], waited_ms: float, *due_ms: float, client: str = "a") -> float:
+    due = [Due(client, each) for each in due_ms]
+    return scheduler().patience_ms(waiting, waited_ms, due, COSTS)
+
+
+LATE_MS, MOST_MS, SOON_MS = LATE * COSTS.pass_ms, GATHERING * COSTS.pass_ms, 0.3 * COSTS.pass_ms
 
 
 def test_a_pass_waits_for_steps_that_are_due_within_less_than_another_pass() -> None:
-    late_ms, most_ms = LATE * COSTS.pass_ms, GATHERING * COSTS.pass_ms
-    due_ms = 0.3 * COSTS.pass_ms
-    assert patience_ms(1, 0, due_ms, 0.0) == pytest.approx(due_ms + late_ms)
-    assert patience_ms(1, 0, due_ms, 9 * COSTS.pass_ms) == pytest.approx(due_ms + late_ms), "one is elsewhere"
-    assert patience_ms(1, 0, 0.7 * COSTS.pass_ms) == pytest.approx(most_ms)
-    assert patience_ms(1, most_ms - 1, 0.5) == pytest.approx(1)
-    assert patience_ms(1, most_ms, 0.5) == 0, "it has waited long enough"
-    assert patience_ms(1, 0, -late_ms / 2) == pytest.approx(late_ms / 2)
-    assert patience_ms(1, 0, -2 * late_ms) == 0, "who is overdue is not waited for"
-    assert patience_ms(3, 0) == 0, "all are there"
-    assert patience_ms(0, 0, due_ms) == 0, "what waits is a prompt"
-    assert patience_ms(MAX_BATCH, 0, due_ms) == 0, "the pass is full"
+    one = [decode(0)]
+    assert patience_ms(one, 0, SOON_MS, 0.0) == pytest.approx(SOON_MS + LATE_MS)
+    assert patience_ms(one, 0, SOON_MS, 9 * COSTS.pass_ms) == pytest.approx(SOON_MS + LATE_MS), "one is elsewhere"
+    assert patience_ms(one, 0, 0.7 * COSTS.pass_ms) == pytest.approx(MOST_MS)
+    assert patience_ms(one, MOST_MS - 1, 0.5) == pytest.approx(1)
+    assert patience_ms(one, MOST_MS, 0.5) == 0, "it has waited long enough"
+    assert patience_ms(one, 0, -LATE_MS / 2) == pytest.approx(LATE_MS / 2)
+    assert patience_ms(one, 0, -2 * LATE_MS) == 0, "who is overdue is not waited for"
+    assert patience_ms([decode(i) for i in range(3)], 0) == 0, "all are there"
+    assert patience_ms([prefill(0)], 0, SOON_MS) == 0, "what waits is a prompt"
+    assert patience_ms([decode(i) for i in range(MAX_BATCH)], 0, SOON_MS) == 0, "the pass is full"
+
+
+@pytest.mark.parametrize(
+    "theirs", [[prefill(0, "b")], [decode(i, "b") for i in range(60)], [decode(0, "b", packs=False)]], ids=str
+)
+def test_a_pass_waits_for_the_client_that_has_no_part_in_it(theirs: Sequence[Waiting]) -> None:
+    """Its step would come a moment after the pass began, and wait for all of it."""
+    assert patience_ms(theirs, 0, SOON_MS) == pytest.approx(SOON_MS + LATE_MS)
+    assert patience_ms(theirs, 0, SOON_MS, client="b") == 0, "their own would be in a later pass in any case"
+    assert patience_ms([*theirs, prefill(99, "a")], 0, SOON_MS) > 0, "a prompt of its own is none"
+    assert patience_ms(theirs, MOST_MS, SOON_MS) == 0
+    assert patience_ms(theirs, 0, 2 * COSTS.pass_ms) == 0
+
+
+def test_a_full_pass_waits_for_nobody_who_would_not_be_in_it() -> None:
+    assert patience_ms([*(decode(i, "b") for i in range(60)), decode(99, "a")], 0, SOON_MS) == 0, "it has its part"
+    assert patience_ms([decode(i, f"client {i}") for i in range(MAX_BATCH)], 0, SOON_MS) == 0
+
+
+def test_who_has_few_steps_waits_for_one_who_has_more_no_longer_than_a_pass_may_cost() -> None:
+    limit_ms = SHARED * 2 * COSTS.of(1)
+    equal, more = [decode(0, "a"), decode(1, "b")], [decode(0, "a"), *(decode(i, "b") for i in range(1, 5))]
+    assert patience_ms(equal, 0, 0.7 * COSTS.pass_ms, client="b") == pytest.approx(MOST_MS)
+    assert patience_ms(more, 0, 1.0, client="b") == pytest.approx(limit_ms - COSTS.of(6))
+    assert patience_ms(more, 2.0, 1.0, client="b") == pytest.approx(limit_ms - COSTS.of(6) - 2.0)
+    assert patience_ms(more, 0, 0.7 * COSTS.pass_ms, client="b") == 0
+    assert patience_ms([*more, prefill(9, "b")], 0, 1.0, client="b") == 0, "a piece of the prompt is in the pass, too"
+    assert patience_ms(more, 0, 0.7 * COSTS.pass_ms, client="a") == pytest.approx(MOST_MS), "they gain by it"

@@ -59,12 +59,20 @@ class Network:
         there = f"{socket.inet_aton(host)[::-1].hex().upper()}:{port:04X} 01"
         return there in self.run(place, "cat", "/proc/net/tcp", "/proc/net/tcp6")
 
+    def reaches(self, place: str, host: str, port: int) -> bool:
+        """Does a TCP connection from that place to there come about within a second?"""
+        try:
+            self.run(place, "timeout", "1", "bash", "-c", f"</dev/tcp/{host}/{port}")
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
     def unplug(self, place: str) -> None:
         """From now on nothing comes from there, or gets there."""
         _ip(self, "net", "link", "set", f"to-{place}", "down")
 
     def plug(self, place: str) -> None:
-        """It is in the network again."""
+        """It is in the network again, though for a second or two its kernel may still say that nobody is there."""
         _ip(self, "net", "link", "set", f"to-{place}", "up")
 
     def forward(self, outer: int, inner: int) -> None:

@@ -132,6 +132,8 @@ def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end
     homes.relays[used].kill()
     if end == "cut off":
         homes.network.plug(used)
+        (other,) = homes.relays.keys() - {used}
+        until(lambda: homes.network.reaches(used, PUBLIC[other], DHT), f"{used} to reach the node of {other}")
     until(lambda: not processes_of(homes.folder / used), f"the end of the p2pd of {used}, which holds its port")
     homes.relays[used] = homes.serve(used, "0:1")
     homes.relays[used].says(PEER.pattern)

@@ -9,20 +9,27 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from urllib.request import urlopen
 
 import grpc
 import grpc.aio
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from peer.config import PeerConfig
+from peer.host import Served
+from peer.metrics import serving_metrics
 from peer.reach.frames import Frame, Kind
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.switchboard import RelayLimits
 from peer.reach.tether import Tether
+from peer.standing import Standing
 from protocol.channel import connected, open_channel, server_credentials, server_options
 from protocol.errors import PeerFull, PeerLost
 from protocol.identity import Identity, certificate_name
 from protocol.loop import new_event_loop
+from protocol.span import Span
 from tests.harness import identity
 from tests.reach.support import hello_of
 
@@ -275,3 +282,52 @@ async def test_idle_connections_are_ended(monkeypatch: pytest.MonkeyPatch) -> No
             with contextlib.suppress(grpc.aio.AioRpcError):
                 answer = await place.ask(channel)
         await channel.close()
+
+
+async def test_what_it_does_is_counted_for_prometheus() -> None:
+    """As a peer's /metrics has it; the peer serves no blocks yet."""
+    async with tied(RelayLimits(providers=1)) as place:
+        served = Served("m", "f" * 32, 4, (0, 4))
+        config = PeerConfig(host="127.0.0.1", lan=False)
+        standing = Standing(identity(0), served, Span(0, 4), config, lambda: ["127.0.0.1"])
+        async with serving_metrics(standing, "127.0.0.1", 0) as url:
+            assert not await relay_metrics(url), "it does not relay"
+            standing.relay = place.relay
+            channel = place.channel()
+            await place.ask(channel, bytes(100_000))
+            one_more = Tether(identity(2), place.tether.relay_id, (("127.0.0.1", place.relay.port),), lambda: None)
+            with pytest.raises(PeerFull):
+                await one_more.run()
+            stranger = place.channel(identity(3))
+            assert not await connected(stranger, 2.0)
+            await stranger.close()
+            _, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            await until(lambda: place.relay.refusals["bad-message"] > 0)
+            writer.close()
+            found = await relay_metrics(url)
+            assert found["peers"] == found["peers_limit"] == 1
+            assert found["connections"] == found["connections_total"] == 1
+            assert 200_000 < found["bytes_total"] == place.relay.carried_bytes < 250_000
+            assert found["refusals_total peer-full"] == found["refusals_total bad-message"] == 1
+            assert found["refusals_total peer-lost"] >= 1, "grpc tries again"
+            await channel.close()
+            await until(lambda: place.relay.board.calls == 0)
+            after = await relay_metrics(url)
+            assert after["connections"] == 0 and after["connections_total"] == 1
+
+
+async def relay_metrics(url: str) -> dict[str, float]:
+    """The relay's samples, by what follows `potluck_peer_relay_`, and their labels."""
+
+    def read() -> str:
+        with urlopen(url, timeout=TIMEOUT_S) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    return {
+        " ".join((sample.name.removeprefix("potluck_peer_relay_"), *sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(await asyncio.to_thread(read))
+        for sample in family.samples
+        if sample.name.startswith("potluck_peer_relay_")
+    }
