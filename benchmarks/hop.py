@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks import petals
-from benchmarks.arena import arena, prompt, spans
+from benchmarks.arena import TUNING, arena, prompt, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Curve, Plot, Result, Table
 from benchmarks.timing import Answer, Spread, slope
@@ -12,11 +14,13 @@ MODEL = "llama-tiny"
 BAR_MS = 1.0
 OF_PETALS = 1 / 5
 PROMPT_TOKENS = 8
+MANY = replace(TUNING, peer_threads=1)
+"""More peers than cores: threads that spin in one would take the time of the next."""
 
 NOTES = """\
-`llama-tiny`, greedy, a prompt of 8 tokens, {new} new ones; TLS on, loopback. The line through the medians over 1 to
-{most} hops rises by the cost of a hop: what is computed is the same, however it is cut. A model's own overhead per
-pass (masks, positions, the first and last of its layers' code) is part of that cost.
+`llama-tiny`, greedy, a prompt of 8 tokens, {new} new ones; TLS on, loopback, one thread per peer. The line through the
+medians over 1 to {most} hops rises by the cost of a hop: what is computed is the same, however it is cut. A model's
+own overhead per pass (masks, positions, the first and last of its layers' code) is part of that cost.
 """
 
 
@@ -26,7 +30,7 @@ def measure(quick: bool) -> Result:
     folder = str(folder_of(MODEL))
     answers: dict[int, list[Answer]] = {0: []} | {n: [] for n in hops}
     for n in hops:
-        with arena() as place:
+        with arena(MANY) as place:
             unsplit = place.unsplit(folder)
             place.peers(folder, spans(SHAPES[MODEL].layers, n))
             client = place.client(folder, n)
