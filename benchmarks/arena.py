@@ -59,6 +59,12 @@ CROWD = replace(TUNING, client_threads=1)
 """Where many clients share the cores, each with a head of its own."""
 
 
+def shared_by(peers: int) -> Tuning:
+    """Where so many peers work one after the other on the same cores: threads that spin in one of them, as they may on
+    a machine of its own, would take the time of the next."""
+    return replace(TUNING, peer_passive=peers > 1)
+
+
 class MeasurementFailed(Exception):
     """A process of a measurement ended, or said nothing for too long; one sentence and what it wrote."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import petals
-from benchmarks.arena import arena, spans
+from benchmarks.arena import arena, shared_by, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Result, Table
 from benchmarks.timing import Spread, ratios
@@ -24,7 +24,7 @@ def measure(quick: bool) -> Result:
     bars, rows, raw = [], [], {}
     for peers, theirs in petals.FORWARD.items():
         took_s: dict[str, list[float]] = {"unsplit": [], "swarm": []}
-        with arena() as place:
+        with arena(shared_by(peers)) as place:
             subjects = {"unsplit": place.unsplit(folder)}
             place.peers(folder, spans(SHAPES[model].layers, peers))
             subjects["swarm"] = place.client(folder, peers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import petals
-from benchmarks.arena import arena, prompt, spans
+from benchmarks.arena import arena, prompt, shared_by, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Curve, Plot, Result, Table
 from benchmarks.timing import Spread, ratios
@@ -27,7 +27,7 @@ def measure(quick: bool) -> Result:
     seconds: dict[int, dict[int, list[float]]] = {0: {n: [] for n in sizes}}
     for peers in (1, BAR_PEERS):
         found[peers], seconds[peers] = {}, {}
-        with arena() as place:
+        with arena(shared_by(peers)) as place:
             unsplit = place.unsplit(folder)
             place.peers(folder, spans(SHAPES[model].layers, peers))
             client = place.client(folder, peers)
