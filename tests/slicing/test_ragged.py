@@ -15,7 +15,7 @@ from protocol.errors import BadMessage
 from protocol.span import Span
 from slicing import CacheOp, ModelSource, PagedCache, RaggedSpan, SpanModel, Stretch, load_span, trouble
 from slicing.paged import PAGE_TOKENS
-from slicing.rows import Ways, hasten
+from slicing.rows import TURNED_ROWS, Ways, hasten
 from tests.slicing.architectures import N_BLOCKS
 
 WHOLE = Span(0, N_BLOCKS)
@@ -49,7 +49,7 @@ def test_these_are_exact(name: str, source: Callable[[str], ModelSource]) -> Non
     model = load_span(source(name), WHOLE)
     assert trouble(model) == ""
     check(model, lengths=(21, 5, 1, 13), seed=1)
-    hasten(model.model, 2, lambda layers, threads: Ways(threads, turns=True))
+    hasten(model.model, 2, lambda layers, threads: Ways(threads, (TURNED_ROWS, 4, 4)))
     check(model, lengths=(21, 5, 1, 13), seed=2)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slicing.rows import SEED, TURNED_ROWS, FewRows, Ways, hasten, in_parts, shared, turned, ways_for
+from slicing.rows import SEED, TURNED_ROWS, FewRows, Ways, fastest_groups, hasten, in_parts, shared, turned, ways_for
 
-BOTH = Ways(2, turns=True)
+BOTH = Ways(2, (TURNED_ROWS, 4, 4))
 
 
 def layer(inner: int = 96, outer: int = 128, *, bias: bool = False, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -42,7 +42,31 @@ def test_in_parts_is_the_product(shape: tuple[int, ...], bias: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_turned_is_the_product(bias: bool) -> None:
     plain, x = layer(bias=bias), rows(2, 3, 96)
-    assert torch.allclose(turned(x, plain.weight, plain.bias), plain(x), atol=1e-5)
+    for at_once in (TURNED_ROWS, 6, 4, 2):
+        found = turned(x, plain.weight, plain.bias, at_once)
+        assert found.is_contiguous() and torch.allclose(found, plain(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("turned_s", "plain_s", "wanted"),
+    [
+        ((1.0, 1.1, 1.3), (2.0, 2.0, 2.0), (TURNED_ROWS, TURNED_ROWS, TURNED_ROWS)),
+        ((1.0, 3.2, 3.3), (3.4, 3.0, 3.6), (TURNED_ROWS, 4, TURNED_ROWS)),
+        ((1.0, 3.2, 5.0), (3.4, 3.0, 3.6), (TURNED_ROWS, 4, 0)),
+        ((1.0, 1.5, 4.0), (1.0, 2.0, 3.6), (0, TURNED_ROWS, 8)),
+    ],
+)
+def test_rows_go_in_the_groups_that_are_fastest(
+    turned_s: tuple[float, ...], plain_s: tuple[float, ...], wanted: tuple[int, ...]
+) -> None:
+    assert tuple(fastest_groups(list(zip(turned_s, plain_s, strict=True)))) == wanted
+
+
+def test_a_number_of_rows_that_was_not_tried_goes_by_the_next_larger_one() -> None:
+    ways = Ways(1, (5, 6, 7))
+    assert [ways.turns(n) for n in (1, 2, 4, 5, 8, 9, 16, 17, TURNED_ROWS, TURNED_ROWS + 1)] == [
+        *(0, 5, 5, 6, 6, 7, 7, 7, 7, 0)
+    ]
 
 
 @pytest.mark.parametrize("inner", [64, 96, 1024])
@@ -64,7 +88,7 @@ def test_only_a_shared_pass_is_rounded_otherwise() -> None:
     x = rows(1, 8, 96)
     assert torch.equal(quick(x), plain(x))
     with shared(True):
-        assert torch.equal(quick(x), turned(x, plain.weight, None))
+        assert torch.equal(quick(x), turned(x, plain.weight, None, 4))
         many = rows(1, TURNED_ROWS + 1, 96)
         assert torch.equal(quick(many), plain(many))
     assert torch.equal(quick(x), plain(x))
