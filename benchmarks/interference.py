@@ -17,7 +17,7 @@ PROMPT_TOKENS = 8
 NOTES = """\
 `{model}`, 1 peer, float32. Quiet: the long prompt alone, and {n} clients decoding alone. Then both: the prompt is
 sent when all {n} have had {begun} tokens; what counts are their times between tokens from then until its first token
-comes.
+comes. Each client has a key of its own, and so its fair part.
 """
 
 
@@ -33,7 +33,7 @@ def measure(quick: bool) -> Result:
     with arena(CROWD) as place:
         place.peers(folder, [f"0:{SHAPES[model].layers}"])
         long, *decoding = place.clients(1 + n)
-        place.joined([long, *decoding], folder, 1)
+        place.joined([long, *decoding], folder, 1, keep_key=False)
         _decode(decoding, begun, begun)
         for client in decoding:
             client.answer()

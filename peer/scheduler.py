@@ -8,12 +8,14 @@ Two promises, kept by what a pass may cost:
   wait for two passes. A client with a hundred sessions slows another one down as if it had one.
 - **Prefills never stall decoding.** While sessions decode, the pieces of prefills in a pass take `prefill_share` of its
   time at most: so a pass is 1 / (1 - share) times as long as without them, and a prefill keeps about that share of
-  its speed. Where clients are few, their fair parts are less.
+  its speed. Where clients are few, their fair parts are less; where a client's part is too small for both, its prompts
+  and its decode steps take turns.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,39 +90,61 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What passes cost on this device: `pass_ms` each, and `token_ms` for each of their tokens."""
+    """What passes cost on this device. More tokens cost less than in proportion, and jump where a device takes to other
+    kernels: so what was measured counts, and straight lines between.
+
+    Attributes:
+        pass_ms: of a pass, whatever is in it.
+        token_ms: of each token beyond those that were measured.
+        measured: tokens and milliseconds of passes, ascending in both.
+    """
 
     pass_ms: float
     token_ms: float
+    measured: tuple[tuple[float, float], ...] = ()
 
-    def of(self, tokens: int) -> float:
+    def of(self, tokens: float) -> float:
         """Milliseconds of a pass of so many tokens."""
-        return self.pass_ms + tokens * self.token_ms
+        before = (0.0, self.pass_ms)
+        for point in self.measured:
+            if tokens < point[0]:
+                return before[1] + (tokens - before[0]) / (point[0] - before[0]) * (point[1] - before[1])
+            before = point
+        return before[1] + (tokens - before[0]) * self.token_ms
+
+    def most(self, ms: float, bound: int) -> int:
+        """The most tokens that a pass of so many milliseconds can have, up to `bound`."""
+        return bisect_right(range(bound + 1), ms, key=self.of) - 1
 
 
 class CostModel:
-    """Learns from passes what the next ones cost. Few tokens tell what a pass costs, many what a token does.
-
-    Of the last passes of few tokens the quickest one counts, since what delays a pass is not its own; of the others the
-    median.
+    """Learns from passes what the next ones cost. Of the last passes of few tokens the quickest one
+    counts, since what delays a pass is not its own; of the others the median of those that had about as many.
     """
 
     def __init__(self) -> None:
-        self._passes_ms: deque[float] = deque(maxlen=REMEMBERED)
-        self._tokens_ms: deque[float] = deque(maxlen=REMEMBERED)
+        self._few_ms: deque[float] = deque(maxlen=REMEMBERED)
+        self._like: dict[int, deque[tuple[int, float]]] = {}  # tokens and milliseconds, by the tokens' bits
 
     def note(self, tokens: int, took_ms: float) -> None:
         """A pass of so many tokens over the whole span took so long."""
         if tokens <= FEW_TOKENS:
-            self._passes_ms.append(took_ms)
-        elif self._passes_ms:
-            self._tokens_ms.append((took_ms - min(self._passes_ms)) / tokens)
+            self._few_ms.append(took_ms)
+        else:
+            self._like.setdefault(tokens.bit_length(), deque(maxlen=REMEMBERED)).append((tokens, took_ms))
 
     def now(self, step_ms: float | None) -> Costs:
         """What passes cost. `step_ms`: of one token, by the peer's own measurement; a guess until there are passes."""
-        pass_ms = max(min(self._passes_ms, default=step_ms or UNKNOWN_MS), LEAST_MS)
-        token_ms = median(self._tokens_ms) if self._tokens_ms else pass_ms / TOKENS_OF_A_PASS
-        return Costs(pass_ms, max(token_ms, pass_ms / MOST_TOKENS_OF_A_PASS))
+        pass_ms = max(min(self._few_ms, default=step_ms or UNKNOWN_MS), LEAST_MS)
+        least_ms = pass_ms / MOST_TOKENS_OF_A_PASS
+        measured: list[tuple[float, float]] = []
+        latest = (0.0, pass_ms)
+        for _, passes in sorted(self._like.items()):
+            tokens, took_ms = (median(each) for each in zip(*passes, strict=True))
+            latest = (tokens, max(took_ms, latest[1] + (tokens - latest[0]) * least_ms))
+            measured.append(latest)
+        token_ms = (latest[1] - pass_ms) / latest[0] if measured else pass_ms / TOKENS_OF_A_PASS
+        return Costs(pass_ms, token_ms, tuple(measured))
 
 
 def _limit_ms(clients: Collection[str], steps: Iterable[Waiting], costs: Costs) -> float:
@@ -143,6 +167,7 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._prefill_share = prefill_share
         self._served_ms: dict[str, float] = {}  # by client; only differences count
+        self._prompted: set[str] = set()  # clients whose prompts went while all their decode steps waited
 
     def step(
         self, waiting: Sequence[Waiting], costs: Costs, decoding: int, clients: Collection[str] = ()
@@ -162,9 +187,15 @@ class Scheduler:
             pieces = [Piece(first.number, first.tokens)]
         else:
             line = [step for step in line if step.packs and step.span == first.span]
+            decoders = {step.client for step in line if step.decodes}
+            self._prompted &= decoders
+            line = [step for step in line if step.decodes or step.client not in self._prompted]
             pieces = self._decodes(line, costs, clients)
             limit_ms = _limit_ms({*clients, *(step.client for step in waiting)}, line, costs) if decoding else math.inf
-            pieces += self._prefills(line, costs, pieces, max(decoding, len(pieces)), limit_ms)
+            prompts = self._prefills(line, costs, pieces, max(decoding, len(pieces)), limit_ms)
+            served, prompted = (_clients_of(chosen, line) for chosen in (pieces, prompts))
+            self._prompted = (self._prompted - served) | ((prompted & decoders) - served)
+            pieces += prompts
         self._charge(pieces, waiting, costs)
         return tuple(pieces)
 
@@ -203,13 +234,12 @@ class Scheduler:
         if not steps:
             return []
         limit_ms = _limit_ms({*clients, *(step.client for step in steps)}, steps, costs)
-        if any(not step.decodes for step in line):
-            limit_ms -= LEAST_PIECE * costs.token_ms  # which will be in the pass, too
+        beside = LEAST_PIECE if any(not step.decodes for step in line) else 0  # which will be in the pass, too
         chosen: list[Piece] = []
         tokens = 0
         for step in steps:
             after = tokens + step.tokens
-            if chosen and (after > self._max_tokens or costs.of(after) > limit_ms):
+            if chosen and (after > self._max_tokens or costs.of(after + beside) > limit_ms):
                 continue
             chosen.append(Piece(step.number, step.tokens))
             tokens = after
@@ -224,8 +254,8 @@ class Scheduler:
         room = self._max_tokens - decoded
         if decoding:
             share = self._prefill_share
-            share_ms = min(costs.of(decoding) * share / (1 - share), limit_ms - costs.of(decoded))
-            room = min(room, max(LEAST_PIECE, int(share_ms / costs.token_ms)))
+            most_ms = min(costs.of(decoded) + costs.of(decoding) * share / (1 - share), limit_ms)
+            room = min(room, max(LEAST_PIECE, costs.most(most_ms, self._max_tokens) - decoded))
         chosen: list[Piece] = []
         for step in line:
             if step.decodes:
@@ -261,5 +291,13 @@ class Scheduler:
     def _charge(self, pieces: Iterable[Piece], waiting: Sequence[Waiting], costs: Costs) -> None:
         clients = {step.number: step.client for step in waiting}
         chosen = list(pieces)
+        tokens = sum(piece.tokens for piece in chosen)
         for piece in chosen:
-            self._served_ms[clients[piece.number]] += costs.pass_ms / len(chosen) + piece.tokens * costs.token_ms
+            own_ms = (costs.of(tokens) - costs.pass_ms) * piece.tokens / tokens
+            self._served_ms[clients[piece.number]] += costs.pass_ms / len(chosen) + own_ms
+
+
+def _clients_of(pieces: Iterable[Piece], line: Iterable[Waiting]) -> set[str]:
+    """Whose they are."""
+    clients = {step.number: step.client for step in line}
+    return {clients[piece.number] for piece in pieces}

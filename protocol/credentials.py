@@ -68,7 +68,9 @@ class ClientKey:
         )
         try:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_private(path, pem)
+            write_private(path, pem, anew=True)
+        except FileExistsError:  # another client began at the same moment
+            return _client_key(_parse(path.read_bytes(), path))
         except OSError as error:
             log.warning("this client's key cannot be kept in %s: %s", home, error.strerror or error)
         return _client_key(key)

@@ -200,10 +200,14 @@ def _lock(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes, *, anew: bool = False) -> None:
     """Write a file that only its owner can read, whole or not at all.
 
+    Args:
+        anew: leave alone what another process has written there meanwhile.
+
     Raises:
+        FileExistsError: with `anew`, there is such a file.
         OSError: the folder cannot be written.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mkstemp makes it with mode 0600
@@ -212,11 +216,18 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        try:
+            if anew:
+                os.link(temporary, path)
+                return
+        except FileExistsError:
+            raise
+        except OSError:
+            log.debug("no links at %s", path.parent)
         Path(temporary).replace(path)
-    except BaseException:
+    finally:
         with contextlib.suppress(FileNotFoundError):
             Path(temporary).unlink()
-        raise
 
 
 def base58(data: bytes) -> str:

@@ -44,7 +44,7 @@ def sessions_by_peer(swarm: Swarm) -> dict[str, int]:
 
     async def all_held() -> dict[str, int]:
         view = swarm.view
-        online = [peer for served in view.models for peer in view.online(served.fingerprint)]
+        online = [peer for served in view.models for peer in view.online(served.fingerprint) if peer.addresses]
         counts = await asyncio.gather(*map(held, online))
         return {peer.peer_id: count for peer, count in zip(online, counts, strict=True) if count is not None}
 

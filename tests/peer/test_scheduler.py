@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.scheduler import GATHERING, LATE, SHARED, CostModel, Costs, Due, Piece, Scheduler, Waiting
+from peer.scheduler import GATHERING, LATE, LEAST_PIECE, SHARED, CostModel, Costs, Due, Piece, Scheduler, Waiting
 from protocol.span import Span
 
 SPAN = Span(0, 4)
@@ -111,12 +112,33 @@ def test_a_flood_of_sessions_and_prompts_does_not_double_a_pass(present: bool) -
     one = scheduler()
     costs = Costs(pass_ms=16.0, token_ms=1.0)
     greedy = [decode(n, "greedy") for n in range(60)] + [prefill(n, "greedy", 256) for n in range(60, 90)]
+    with_prompts = 0
     for turn in range(20):
         waiting = [*greedy, decode(1000 + turn, "modest")] if present else greedy
         pieces = one.step(waiting, costs, 61, {"greedy", "modest"})
         assert costs.of(sum(piece.tokens for piece in pieces)) <= 2 * costs.of(1)
         assert not present or 1000 + turn in {piece.number for piece in pieces}
-        assert any(piece.number >= 60 for piece in pieces if piece.number < 1000), "prompts go on, if slowly"
+        with_prompts += any(60 <= piece.number < 1000 for piece in pieces)
+    assert with_prompts >= 10, "prompts go on, if slowly"
+
+
+def test_a_clients_prompt_does_not_starve_its_own_decode_steps() -> None:
+    """Where its part of the pass is too small for both."""
+    one = scheduler()
+    costs = Costs(pass_ms=16.0, token_ms=4.0)
+    decodes, numbers, served, read = [decode(n, "busy") for n in range(6)], itertools.count(1000), Counter[int](), 0
+    for _ in range(40):
+        waiting = [*decodes, prefill(99, "busy"), decode(next(numbers), "modest")]
+        pieces = one.step(waiting, costs, 7, {"busy", "modest"})
+        assert costs.of(sum(piece.tokens for piece in pieces)) <= costs.of(1 + LEAST_PIECE)
+        done = {piece.number for piece in pieces}
+        read += sum(piece.tokens for piece in pieces if piece.number == 99)
+        served.update(step.number % 6 for step in decodes if step.number in done)
+        decodes = [step for step in decodes if step.number not in done] + [
+            decode(step.number + 6 * 1000, "busy") for step in decodes if step.number in done
+        ]
+    assert read >= 20 * LEAST_PIECE
+    assert min(served[n] for n in range(6)) >= 5, served
 
 
 def test_a_third_clients_prompt_is_not_starved_by_a_flood() -> None:
@@ -216,8 +238,28 @@ def test_costs_are_learned_from_passes() -> None:
         model.note(100, COSTS.of(100))
         model.note(7, COSTS.of(7))
     learned = model.now(8.0)
-    assert learned.pass_ms == pytest.approx(COSTS.pass_ms, rel=0.1)
-    assert learned.token_ms == pytest.approx(COSTS.token_ms, rel=0.1)
+    for tokens in (1, 7, 50, 100, 200):
+        assert learned.of(tokens) == pytest.approx(COSTS.of(tokens), rel=0.1)
+
+
+def test_costs_are_those_of_passes_alike() -> None:
+    """Eight tokens may take as long as thirty."""
+    model = CostModel()
+    for tokens, took_ms in ((1, 10.0), (8, 40.0), (30, 42.0), (500, 400.0)):
+        model.note(tokens, took_ms)
+    costs = model.now(None)
+    assert [costs.of(n) for n in (8, 30, 500)] == [40.0, 42.0, 400.0]
+    assert costs.of(4) == pytest.approx(25.0) and costs.of(1000) == pytest.approx(790.0)
+    assert costs.most(42.0, 512) == 30 and costs.most(24.0, 512) == 3 and costs.most(5.0, 512) == -1
+    assert costs.most(1e6, 512) == 512
+
+
+def test_costs_grow_with_tokens_whatever_was_measured() -> None:
+    model = CostModel()
+    for tokens, took_ms in ((1, 10.0), (8, 40.0), (30, 20.0)):
+        model.note(tokens, took_ms)
+    costs = model.now(None)
+    assert all(costs.of(n) < costs.of(n + 1) for n in range(100))
 
 
 def test_costs_are_never_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def test_a_key_is_kept(tmp_path: Path) -> None:
     key = ClientKey.load_or_create(tmp_path / "home")
     assert ClientKey.load_or_create(tmp_path / "home") == key != ClientKey.load_or_create(tmp_path / "other")
     assert (tmp_path / "home" / FILE).stat().st_mode & 0o777 == 0o600
+
+
+def test_clients_that_begin_at_once_have_one_key(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        keys = set(pool.map(lambda _: ClientKey.load_or_create(tmp_path / "home").client_id, range(8)))
+    assert len(keys) == 1
+    assert [file.name for file in (tmp_path / "home").iterdir()] == [FILE]
 
 
 def test_a_damaged_key_is_told(tmp_path: Path) -> None:
