@@ -113,7 +113,7 @@ def test_a_damaged_key_is_told(tmp_path: Path) -> None:
 def test_without_a_place_to_keep_it_there_is_a_key_still(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, anew: bool) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("protocol.credentials.write_private", full)
