@@ -27,7 +27,7 @@ from tests.slicing.architectures import N_BLOCKS
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
 FAMILIES = ("llama", "qwen3_moe", "gpt2", "gemma3_text", "jamba")
 LAYERS = (Int8Linear, Nf4Linear)
-ERROR = {"int8": 0.06, "nf4": 0.3}
+ERROR = {"int8": 0.06, "nf4": 0.35}
 """Relative to what the blocks add to the hidden states."""
 
 
