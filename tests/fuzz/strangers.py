@@ -34,7 +34,8 @@ EXPECTED = {
     "reply", "FAILED_PRECONDITION", "NOT_FOUND",  # of Ping, Describe and Progress
     "RESOURCE_EXHAUSTED",  # a message over the limit, which grpc itself refuses
     "opened", "result", "more", "receipt", "stream ended",
-    "bad-message", "bad-payload", "implausible", "peer-full", "session-lost", "stale-epoch", "version-mismatch", "wrong-model",
+    "bad-message", "bad-payload", "implausible", "peer-full", "session-lost", "stale-epoch", "version-mismatch",
+    "wrong-model",
     "peer-lost",  # to a step that skips others: those before it were lost on their way
     "push refused: bad-message", "push refused: peer-full", "push refused: stale-epoch",
 }  # fmt: skip
