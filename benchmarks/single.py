@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks import petals
-from benchmarks.arena import arena, prompt, shared_by, spans
+from benchmarks.arena import arena, prompt, spans
 from benchmarks.models import SHAPES, folder_of
 from benchmarks.result import Bar, Curve, Plot, Result, Table
 from benchmarks.timing import Answer, Spread, ratios
@@ -21,9 +21,8 @@ BEST_CLIENT = {"dtype": "bfloat16"}
 
 NOTES = """\
 `{model}`, greedy, a prompt of {prompt} tokens, {new} new ones; tokens per second with the first token included, over
-those of the unsplit model a moment before. Threads of several peers sleep between two operations, since they share the
-cores. `best` is one peer with `{best}`, and a head in bfloat16; what that costs in right answers is said on the page on
-[accuracy](accuracy.md).
+those of the unsplit model a moment before. `best` is one peer with `{best}`, and a head in bfloat16; what that costs
+in right answers is said on the page on [accuracy](accuracy.md).
 """
 
 
@@ -42,7 +41,7 @@ class Turns:
 def turns(model: str, peers: int, new: int, repeats: int, *options: str, **settings: str) -> Turns:
     """The unsplit model and a swarm of so many peers, which have these options; settings: the client's."""
     folder, found = str(folder_of(model)), Turns([], [])
-    with arena(shared_by(peers)) as place:
+    with arena() as place:
         unsplit = place.unsplit(folder)
         place.peers(folder, spans(SHAPES[model].layers, peers), *options)
         client = place.client(folder, peers, **settings)
