@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -58,6 +58,7 @@ class Site:
         return Starlette(
             routes=[
                 Route("/", self.index),
+                Route("/favicon.ico", self.icon),  # some browsers ask for it before they have read the page
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
                 Route("/api/v1/", self.api_index),
@@ -151,6 +152,10 @@ class Site:
 
     async def metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def icon(self, request: Request) -> Response:
+        """The page's, where browsers look for one first."""
+        return FileResponse(HERE / "static" / "icon.svg")
 
     async def health(self, request: Request) -> Response:
         """200: this page sees the swarm; 503: it has not for a while. How the swarm is, is another question."""

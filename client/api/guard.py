@@ -15,7 +15,7 @@ from client.api import page
 from client.api.errors import BadRequest, body_of
 from client.api.metrics import Metrics
 
-OPEN_PATHS = frozenset({"/", "/health"})  # the page is the same for all; what it asks for needs the key
+OPEN_PATHS = frozenset({"/", "/health", page.ICON})  # the page is the same for all; what it asks for needs the key
 OPEN_FOLDERS = (f"{page.MOUNT}/",)
 CLOSED_STATUS = 499  # nginx's number for a reader that went away
 

@@ -11,6 +11,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 FOLDER = Path(__file__).parent / "page"
+ICON = "/favicon.ico"  # some browsers ask for it before they have read the page, which names another place
 MOUNT = "/page"  # where the files are; `index.html` names them relative to itself
 
 # A model's words are a stranger's. Should one get through as markup, nothing of it runs, and nothing is fetched for it.
@@ -37,11 +38,15 @@ HEADERS = {
 
 def routes() -> list[BaseRoute]:
     """The page at `/`, and its files. No secrets are in them: they are to be served without a key."""
-    return [Route("/", _index), Mount(MOUNT, _Files(directory=FOLDER))]
+    return [Route("/", _index), Route(ICON, _icon), Mount(MOUNT, _Files(directory=FOLDER))]
 
 
 async def _index(request: Request) -> Response:
     return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+
+async def _icon(request: Request) -> Response:
+    return FileResponse(FOLDER / "icon.svg", headers=HEADERS)
 
 
 class _Files(StaticFiles):

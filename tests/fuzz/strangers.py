@@ -37,7 +37,7 @@ EXPECTED = {
     "bad-message", "bad-payload", "implausible", "peer-full", "session-lost", "stale-epoch", "version-mismatch",
     "wrong-model",
     "peer-lost",  # to a step that skips others: those before it were lost on their way
-    "push refused: bad-message", "push refused: peer-full", "push refused: stale-epoch",
+    "push refused: bad-message", "push refused: peer-full", "push refused: session-lost", "push refused: stale-epoch",
 }  # fmt: skip
 """What a peer may answer. No peer-fault: nothing ill-formed gets as far as the computation."""
 
