@@ -220,14 +220,14 @@ class SpanHost:
             await self._server.stop(self._config.stop_grace_s)
 
     async def _sweep(self) -> None:
-        ended = read = -1  # what loading left is given back as what prompts leave
+        ended = read = 0
         while True:
+            await asyncio.sleep(SWEEP_S)
             if dropped := self.sessions.reclaim(time.monotonic()):
                 logger.info("reclaimed %d idle sessions", dropped)
             if self.sessions.ended > ended or self.tally.computed["prefill"] > read:
                 ended, read = self.sessions.ended, self.tally.computed["prefill"]
                 await asyncio.to_thread(memory.give_back)
-            await asyncio.sleep(SWEEP_S)
 
     def _max_payload_bytes(self) -> int:
         bytes_per_token = self.model.hidden_size * 4 * HEADER_SLACK
