@@ -40,8 +40,8 @@ chaos: setup
 soak: setup
 	$(BIN)/python -m pytest -m slow -s tests/chaos/test_soak.py tests/api/test_processes.py
 
-# FUZZ_MINUTES (10) for each harness, FUZZ_JOBS (1) at a time; see tests/fuzz/__main__.py. atheris comes as a wheel for
-# Linux on x86-64, and is needed for nothing else.
+# FUZZ_MINUTES (10) of the processor for each harness, FUZZ_JOBS (1) at a time; see tests/fuzz/__main__.py. atheris comes
+# as a wheel for Linux on x86-64, and is needed for nothing else.
 fuzz: export OMP_NUM_THREADS = 1
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fuzz]'
