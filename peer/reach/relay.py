@@ -23,13 +23,13 @@ from typing import cast
 
 from dht.background import background
 from peer.bucket import Bucket
-from peer.reach.frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
 from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
-from peer.reach.splice import Splice
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import ConfigError, PeerError, PeerFull, PotluckError, WireError
 from protocol.hosts import block, ip
 from protocol.identity import certificate_name
+from protocol.relay_frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
+from protocol.splice import Splice
 
 logger = logging.getLogger(__name__)
 

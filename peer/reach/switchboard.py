@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from peer.reach.frames import TOKEN_BYTES
 from protocol.errors import PeerFull, PeerLost
+from protocol.relay_frames import TOKEN_BYTES
 
 Line = TypeVar("Line")
 """A connection, whatever that is to whoever has one."""

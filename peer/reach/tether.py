@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from dht.background import task_group
-from peer.reach.frames import Frame, FrameReader, Kind, proof
-from peer.reach.splice import Splice
 from protocol.errors import PeerFull, PeerLost, PotluckError, WireError
 from protocol.identity import Identity
+from protocol.relay_frames import Frame, FrameReader, Kind, proof
+from protocol.splice import Splice
 
 logger = logging.getLogger(__name__)
 

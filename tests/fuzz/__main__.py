@@ -1,9 +1,9 @@
 """The long run: `python -m tests.fuzz [TARGET...]`. Each harness for FUZZ_MINUTES (10), FUZZ_JOBS (1) at a time.
 
 Minutes are of the processor, which others may want too; those of `surface`, which waits much, are the clock's. Prints a
-table: minutes, of which it had the processor for so many; executions, and how many in a second of these; edges and lines
-that were reached; the peak of memory, and by how much memory grew after the first fifth of the time (what leaks, grows
-on; a corpus grows too). Exit code 1: something was found.
+table: minutes, of which it had the processor for so many; executions, and how many in a second of these; edges and
+lines that were reached; the peak of memory, and by how much memory grew after the first fifth of the time (what leaks,
+grows on; a corpus grows too). Exit code 1: something was found.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from peer.config import PeerConfig
 from peer.host import Served
 from peer.metrics import serving_metrics
-from peer.reach.frames import Frame, Kind
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.switchboard import RelayLimits
 from peer.reach.tether import Tether
@@ -29,6 +28,7 @@ from protocol.channel import connected, open_channel, server_credentials, server
 from protocol.errors import PeerFull, PeerLost
 from protocol.identity import Identity, certificate_name
 from protocol.loop import new_event_loop
+from protocol.relay_frames import Frame, Kind
 from protocol.span import Span
 from tests.harness import identity
 from tests.reach.support import hello_of

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.bucket import Bucket
-from peer.reach.frames import MAX_BODY_BYTES, NONCE_BYTES, TOKEN_BYTES, Frame, FrameReader, Kind, proof, proven
 from peer.reach.hello import MAX_HELLO_BYTES, server_name
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import BadMessage, BadRecord, PeerFull, PeerLost, WireError
 from protocol.hosts import address, block, host_of, is_global, is_loopback, seen_end, seen_host
 from protocol.identity import certificate_name
+from protocol.relay_frames import MAX_BODY_BYTES, NONCE_BYTES, TOKEN_BYTES, Frame, FrameReader, Kind, proof, proven
 from tests.harness import identity
 from tests.reach.support import hello_of
 
