@@ -20,10 +20,13 @@ from slicing import ModelSource
 
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token comes in any case, and what scores are divided by is soon too small for their format."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. Greedy unless a temperature above zero is given.
+    """How the next token is chosen. Greedy unless a temperature is given, of `LEAST_TEMPERATURE` at least.
 
     Raises:
         ConfigError: a value is out of range.
@@ -39,7 +42,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ConfigError("--max-new-tokens and --num-beams must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError("--temperature must be >= 0, --top-p in (0, 1], --top-k >= 0")
 
     def arguments(self) -> dict[str, Any]:
@@ -47,9 +50,9 @@ class Sampling:
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": self.num_beams,
-            "do_sample": self.temperature > 0,
+            "do_sample": self.temperature >= LEAST_TEMPERATURE,
         }
-        if self.temperature > 0:
+        if self.temperature >= LEAST_TEMPERATURE:
             arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return arguments
 

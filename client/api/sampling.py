@@ -24,13 +24,14 @@ from transformers import (
 )
 
 from client.api.schemas import Common
+from client.text import LEAST_TEMPERATURE
 
 MOST_SEED = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """The numbers of one answer. `temperature` 0: always the likeliest token. `top_k` 0: of all tokens."""
+    """The numbers of one answer. `temperature` 0, or as good as: always the likeliest token. `top_k` 0: of all tokens."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -85,7 +86,7 @@ def processors(sampling: Sampling, prompt_tokens: int, device: torch.device) -> 
 
 def choosers(sampling: Sampling, device: torch.device) -> list[LogitsProcessor]:
     """After it: the draw, and what makes it less or more daring. None, where the likeliest token is wanted."""
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return []
     found: list[LogitsProcessor] = []
     if sampling.temperature != 1.0:

@@ -29,6 +29,7 @@ LOOK_S = 1.0
 SETTLED = 0.2  # of the time: from then on memory should not grow
 SHARE = 0.1  # of a processor, that a harness gets at least: by then it ends, whatever it had
 OVER_S = 600.0  # beside its time, for imports and the count of lines; then it is ended, and counts as failed
+SHOWN_CHARS = 100_000  # of what a harness said that failed: the first of its lines names its seed
 SURFACE = "surface"
 ALL = (*PURE, SURFACE)
 HEAD = ("target", "min", "CPU min", "executions", "per s", "edges", "lines", "MiB", "grown", "result")
@@ -156,7 +157,7 @@ async def main(names: Sequence[str]) -> int:
             run = await _fuzz(name, seconds, folder)
         print("  ".join(run.row), flush=True)
         if run.code != 0:
-            print(run.said[-4000:], flush=True)
+            print(run.said[-SHOWN_CHARS:], flush=True)
         return run
 
     with tempfile.TemporaryDirectory(prefix="potluck-fuzz-") as folder:
