@@ -61,6 +61,13 @@ class ClientConfig:
         },
     )
     trusted_only: bool = field(default=False, metadata={"help": "Use the peers of --trust alone."})
+    direct: bool = field(
+        default=True,
+        metadata={
+            "help": "Where a peer is reached through a relay, try to do without it: both dial at once, which most"
+            " routers let through. The peer then sees this machine's address."
+        },
+    )
     codec: CodecName = field(default="int8", metadata={"help": "How activations are compressed on the wire."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Number format of the embeddings and the head."}

@@ -162,7 +162,7 @@ class Mender:
         while True:
             chain.epoch += 1
             try:
-                self._fill_gaps(trial)
+                await self._fill_gaps(trial)
                 opened = await self._open()
             except (BlocksMissing, ChainBroken) as broken:
                 failure = broken if isinstance(broken, BlocksMissing) else self.give_up(broken.losses, trial)
@@ -183,7 +183,7 @@ class Mender:
         await self._connect(opened, step_id)
         chain.dismiss_leavers()
 
-    def _fill_gaps(self, trial: Trial) -> None:
+    async def _fill_gaps(self, trial: Trial) -> None:
         """Raises BlocksMissing where blocks have no peer."""
         gaps = missing_spans([hop.link.span for hop in self._chain.hops], self._spec.n_blocks)
         try:
@@ -192,6 +192,8 @@ class Mender:
             trial.lost.clear()
             trial.exhausted = True
             links = [self._choose(gap) for gap in gaps]
+        if self._chain.epoch == 1:  # later others wait for an answer
+            await self._peers.approach([link.peer for link in itertools.chain(*links)])
         self._chain.add(itertools.chain(*links))
 
     def _choose(self, gap: Span, without: Collection[str] = ()) -> tuple[Link, ...]:

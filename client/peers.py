@@ -28,6 +28,9 @@ class Peers(Protocol):
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         """A channel to the peer, pinned to its certificate."""
 
+    async def approach(self, peers: Sequence[PeerRecord]) -> None:
+        """Seeks ways to them that go through no relay, for a moment, before a session begins."""
+
     def cuts(self) -> tuple[int, ...] | None:
         """The blocks before which the model may be cut; None: anywhere."""
 
@@ -87,6 +90,9 @@ class ModelPeers:
 
     async def refresh(self) -> None:
         await self._swarm.look_again()
+
+    async def approach(self, peers: Sequence[PeerRecord]) -> None:
+        await self._swarm.channels.approach(peers)
 
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         return self._swarm.channels.to(peer, doubted=peer.peer_id in self._swarm.blame.avoided())

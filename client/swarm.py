@@ -55,7 +55,7 @@ class Swarm:
         self._config = config
         self._reader: SwarmReader | None = None
         self._watched: set[str] = set()  # fingerprints of the models in use
-        self.channels = Channels()
+        self.channels = Channels(direct=config.direct)
         self._pinger = Pinger(self.stopwatch, self.channels.lent, self._watched_peers, config.refresh_s)
         self._closing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None

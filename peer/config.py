@@ -65,6 +65,13 @@ class PeerConfig:
     relay_mbps: float = field(
         default=50.0, metadata={"help": "How fast it relays at most, all together, in megabits per second."}
     )
+    direct: bool = field(
+        default=True,
+        metadata={
+            "help": "Where a relay is between this peer and another, try to do without it: both dial at once, which"
+            " most routers let through."
+        },
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1, mps. Not given: cuda if there is one."}
     )

@@ -24,7 +24,6 @@ from peer.findings import Finding
 from peer.reach.dialback import answers, ask
 from peer.reach.moorings import Moorings
 from peer.reach.relay import Relay, RelaySettings, open_relay
-from peer.reach.tether import End
 from peer.reach.verdict import helpers, settle
 from peer.reach.whereabouts import announced_ips, own_end
 from protocol.channel import server_credentials, server_options
@@ -32,6 +31,7 @@ from protocol.errors import ClockOff, ConfigError, SwarmNotFound
 from protocol.hosts import address, ip
 from protocol.identity import Identity
 from protocol.limits import MESSAGE_BYTES
+from protocol.relay_frames import End
 
 TIE_TIMEOUT_S = 8.0
 

@@ -156,7 +156,7 @@ class SpanHost:
         kv_tokens = config.kv_tokens or memory.kv_tokens(memory.free_bytes(model.device), per_token)
         host = cls(model, ragged, served, identity, config, kv_tokens, entry or Entry())
         try:
-            async with open_links(resolve, host.service.refused) as host.house.links:
+            async with open_links(resolve, host.service.refused, direct=config.direct) as host.house.links:
                 await host._listen(last_port)
                 try:
                     gauge = Gauge(model, host.engine, host._compute, host.meter)

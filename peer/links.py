@@ -1,6 +1,7 @@
 """Links: this peer's streams to the peers after it. One `Push` stream to each, shared by all sessions.
 
-A next hop is a peer id, resolved through its verified record: nobody can make this peer dial an address (law 4).
+A next hop is a peer id, resolved through its verified record: nobody can make this peer dial an address (law 4). Where
+it is reached through a relay, the stream goes over to a way without it (`protocol.bypass`), once there is one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from dht.background import task_group
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
+from protocol.bypass import find_bypass
 from protocol.channel import connected, has_failed, open_channel, peer_error, targets, why_unreachable
 from protocol.errors import PeerLost, PotluckError
 from protocol.frames import step_frames
@@ -34,6 +37,8 @@ WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is notic
 MAX_LINKS = 256
 UNREACHABLE = "the next peer cannot be reached from here"
 IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
+BYPASS_EVERY_S = 60.0  # between two attempts to do without a relay
+END_TIMEOUT_S = 2.0  # for the next peer to have read all that was written
 
 Resolve = Callable[[str, PeerRecord | None], Awaitable[PeerRecord | None]]
 """Finds the record of a peer id; another one than the given one, which was of no use, if there is."""
@@ -59,30 +64,44 @@ class _Parcel:
 class _Link:
     """The stream to one peer, connected when there is something to say."""
 
-    def __init__(self, peer_id: str, resolve: Resolve, refused: Refused) -> None:
+    def __init__(self, peer_id: str, resolve: Resolve, refused: Refused, *, direct: bool) -> None:
         self.parcels: asyncio.Queue[_Parcel] = asyncio.Queue()
         self._peer_id = peer_id
         self._resolve = resolve
         self._refused = refused
         self._at_hand: _Parcel | None = None
         self._was_reached = False
+        self._meets = direct
+        self._relayed: PeerRecord | None = None  # of the peer, if the stream goes through a relay
+        self._sought_s = float("-inf")  # when a way round that was sought last
+        self._way_round: grpc.aio.Channel | None = None  # for the next stream
+        self._ways_round = contextlib.AsyncExitStack()  # all that were found
         self.ending = self._closing()  # what parcels hear that are left when the link has ended
 
     async def run(self) -> None:
         """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
         fails the parcel at hand, not the link."""
+        async with self._ways_round:
+            await self._run()
+
+    async def _run(self) -> None:
         while await self._pick_up():
             self._was_reached = False
             try:
                 async with self._connected() as call, task_group() as tasks:
                     hearing = tasks.create_task(self._hear(call))
+                    seeking = tasks.create_task(self._seek())
                     try:
                         while self._at_hand is not None:
                             await self._write(call, self._at_hand)
                             self._at_hand = None  # a link may rest for long
+                            if seeking.done() and seeking.result():
+                                await self._end(call, hearing)
+                                break
                             self._at_hand = await self._next_while(hearing)
                     finally:
                         hearing.cancel()
+                        seeking.cancel()
             except PeerLost as error:
                 # Without its traceback, which knows the parcel: no cycle is to keep both.
                 self.ending = PeerLost(error.message, peer_id=self._peer_id)
@@ -95,6 +114,34 @@ class _Link:
             if not self._was_reached:
                 return
             self.ending = self._closing()
+
+    async def _seek(self) -> bool:
+        """Seeks a way without a relay, where one is in the way. Is there one to go over to?"""
+        record, now_s = self._relayed, time.monotonic()
+        if record is None or not self._meets or now_s - self._sought_s < BYPASS_EVERY_S:
+            return False
+        self._sought_s = now_s
+        async with contextlib.AsyncExitStack() as unused:
+            try:
+                bypass = await find_bypass(record.addresses[len(record.direct) :], record.certificate_der)
+            except PeerLost as error:
+                logger.debug("%s: %s", self._peer_id[-8:], error.message)
+                return False
+            unused.callback(bypass.close)
+            channel = open_channel(bypass.address, record.certificate_der, max_message_bytes=MESSAGE_BYTES)
+            unused.push_async_callback(channel.close, None)
+            if not await connected(channel, CONNECT_TIMEOUT_S):
+                return False
+            self._way_round = channel
+            self._ways_round.push_async_exit(unused.pop_all())
+        return True
+
+    async def _end(self, call: Any, hearing: asyncio.Task[None]) -> None:
+        """Ends a stream so that nothing of it arrives after what the next one brings."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await call.done_writing()
+        await asyncio.wait({hearing}, timeout=END_TIMEOUT_S)
 
     def _closing(self) -> PeerLost:
         return PeerLost("this peer is closing its streams", peer_id=self._peer_id)
@@ -136,6 +183,9 @@ class _Link:
 
     async def _channel(self) -> grpc.aio.Channel:
         """A connected channel. A peer that came back may have another certificate by now: its record is read again."""
+        way_round, self._way_round, self._relayed = self._way_round, None, None
+        if way_round is not None and way_round.get_state() is grpc.ChannelConnectivity.READY:
+            return way_round
         tried: PeerRecord | None = None
         why = ""
         while True:
@@ -149,6 +199,7 @@ class _Link:
                     record.addresses, record.certificate_der, max_message_bytes=MESSAGE_BYTES, turn=turn
                 )
                 if await connected(channel, CONNECT_TIMEOUT_S + (RELAY_TIMEOUT_S if record.relayed else 0.0)):
+                    self._relayed = record if record.relayed and not record.direct else None
                     return channel
                 why = await why_unreachable(channel, CONNECT_TIMEOUT_S) if has_failed(channel) else "it does not answer"
                 await channel.close(None)
@@ -209,9 +260,11 @@ class Links:
         resolve: finds a peer's verified record; may look again in the swarm.
         refused: told when a next peer did not take a step: the edge's token, why, and the step's id.
         tasks: in which the streams live.
+        direct: seek ways to hidden peers that go round their relays.
     """
 
-    def __init__(self, resolve: Resolve, refused: Refused, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, resolve: Resolve, refused: Refused, tasks: asyncio.TaskGroup, *, direct: bool = True) -> None:
+        self._direct = direct
         self._resolve = resolve
         self._refused = refused
         self._tasks = tasks
@@ -230,7 +283,7 @@ class Links:
             if len(self._links) >= MAX_LINKS:
                 written.set_exception(PeerLost("this peer pushes to as many others as it can", peer_id=peer_id))
                 return written
-            link = _Link(peer_id, self._resolve, self._refused)
+            link = _Link(peer_id, self._resolve, self._refused, direct=self._direct)
             task = self._tasks.create_task(link.run(), name=f"link-{peer_id[-8:]}")
             task.add_done_callback(lambda _: self._ended(peer_id, link))
             self._links[peer_id] = link, task
@@ -256,10 +309,10 @@ def _seen(written: asyncio.Future[None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_links(resolve: Resolve, refused: Refused) -> AsyncIterator[Links]:
+async def open_links(resolve: Resolve, refused: Refused, *, direct: bool = True) -> AsyncIterator[Links]:
     """Links that live as long as the body runs."""
     async with task_group() as tasks:
-        links = Links(resolve, refused, tasks)
+        links = Links(resolve, refused, tasks, direct=direct)
         try:
             yield links
         finally:

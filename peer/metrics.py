@@ -349,6 +349,12 @@ READERS: tuple[_Reader, ...] = (
     ),
     _relay(
         "counter",
+        "relay_meetings_total",
+        "Clients and peers that have met here, to do without the relay.",
+        lambda relay: relay.met,
+    ),
+    _relay(
+        "counter",
         "relay_bytes_total",
         "Bytes carried, in both directions; each counts once, though it comes in and goes out.",
         lambda relay: relay.carried_bytes,

@@ -8,6 +8,13 @@
            DIAL(token)             ◄──            a client wants the peer
            DATA(token)             ──►            another connection, which then carries that client's bytes
 
+Two that would rather do without the relay meet at it, each with a connection from the port that it will use then:
+
+    client SEEK(name, own end)     ──►
+    peer   SOUGHT(token)           ◄──            on the connection that it keeps
+           HERE(token, own end)    ──►            another one
+    both   MEET(ends)              ◄──            where each is, as the relay sees it; see `protocol.meeting`
+
 A frame is its kind (one byte), the length of its body (two) and the body. No kind is 22, with which TLS begins, so that
 one port takes peers and clients.
 """
@@ -15,10 +22,11 @@ one port takes peers and clients.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import BadMessage
+from protocol.hosts import address, host_of, ip
 from protocol.identity import Identity, peer_id_of, verify
 
 MAX_BODY_BYTES = 2 << 10
@@ -26,6 +34,10 @@ NONCE_BYTES = 32
 TOKEN_BYTES = 16
 HEAD_BYTES = 3
 CONTEXT = b"relay-registration"
+MAX_ENDS = 4  # in a MEET, one's own among them
+
+End = tuple[str, int]
+"""Where a connection begins or ends: IP address (or, where one dials, a name) and port."""
 
 
 class Kind(enum.IntEnum):
@@ -40,6 +52,10 @@ class Kind(enum.IntEnum):
     PONG = 7
     DIAL = 8
     DATA = 9
+    SEEK = 10
+    SOUGHT = 11
+    HERE = 12
+    MEET = 13
 
 
 _BODY_BYTES = {
@@ -49,6 +65,7 @@ _BODY_BYTES = {
     Kind.PONG: 0,
     Kind.DIAL: TOKEN_BYTES,
     Kind.DATA: TOKEN_BYTES,
+    Kind.SOUGHT: TOKEN_BYTES,
 }
 
 
@@ -131,3 +148,72 @@ def proven(frame: Frame, relay_id: str, nonce: bytes) -> str:
 def _signed(relay_id: str, nonce: bytes) -> bytes:
     """Names the relay, so that none can register elsewhere in the name of those that register with it."""
     return relay_id.encode() + b"\0" + nonce
+
+
+# ---------------------------------------------------------------------------- meetings
+
+
+def seek(name: str, own: End) -> Frame:
+    """Asks for a meeting with the peer of that name.
+
+    Args:
+        own: where this side is, as its own machine sees it: of use to those in the same network.
+    """
+    return Frame(Kind.SEEK, f"{name} {address(*own)}".encode())
+
+
+def sought(frame: Frame) -> tuple[str, End]:
+    """What `seek` was told.
+
+    Raises:
+        BadMessage: it is malformed.
+    """
+    name, _, own = _ascii(frame.body).partition(" ")
+    return name, _end(own)
+
+
+def here(token: bytes, own: End) -> Frame:
+    """Comes to the meeting of that token; `own` as for `seek`."""
+    return Frame(Kind.HERE, token + address(*own).encode())
+
+
+def came(frame: Frame) -> tuple[bytes, End]:
+    """What `here` was told.
+
+    Raises:
+        BadMessage: it is malformed.
+    """
+    return frame.body[:TOKEN_BYTES], _end(_ascii(frame.body[TOKEN_BYTES:]))
+
+
+def meet(own: End, others: Sequence[End]) -> Frame:
+    """Tells one of two where it is seen itself, and at which ends the other may be."""
+    return Frame(Kind.MEET, " ".join(address(*end) for end in (own, *others)).encode())
+
+
+def met(frame: Frame) -> tuple[End, tuple[End, ...]]:
+    """What `meet` was told.
+
+    Raises:
+        BadMessage: it is malformed.
+    """
+    words = _ascii(frame.body).split(" ")
+    if frame.kind is not Kind.MEET or not 2 <= len(words) <= MAX_ENDS:
+        raise BadMessage("no meeting is said like this")
+    own, *others = map(_end, words)
+    return own, tuple(others)
+
+
+def _ascii(body: bytes) -> str:
+    try:
+        return body.decode("ascii")
+    except UnicodeDecodeError:
+        raise BadMessage("a frame holds what is no text") from None
+
+
+def _end(text: str) -> End:
+    host, _, port = text.rpartition(":")
+    found = ip(host_of(text))
+    if found is None or not port.isdecimal() or not 1 <= int(port[:6]) <= 65535:
+        raise BadMessage(f"{host[:64]!r} is no address with a port")
+    return str(found), int(port)

@@ -111,6 +111,9 @@ class KnownPeers:
     async def refresh(self) -> None:
         self.on_refresh()
 
+    async def approach(self, peers: Sequence[PeerRecord]) -> None:
+        """There are no relays."""
+
     def channel(self, peer: PeerRecord) -> grpc.aio.Channel:
         if peer.peer_id not in self.channels:
             self.channels[peer.peer_id] = open_channel(

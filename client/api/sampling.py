@@ -31,7 +31,7 @@ MOST_SEED = 2**63
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """The numbers of one answer. `temperature` 0, or as good as: always the likeliest token. `top_k` 0: of all tokens."""
+    """The numbers of one answer. `temperature` (as good as) 0: always the likeliest token. `top_k` 0: of all tokens."""
 
     temperature: float = 1.0
     top_p: float = 1.0

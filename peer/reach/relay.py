@@ -4,6 +4,9 @@ Such a peer keeps a connection to the relay and has shown who it is. A client di
 the relay reads the peer's name in the TLS hello (`peer.reach.hello`), has the peer come with another connection, and
 joins the two. The certificate stays pinned from end to end, so a relay can do no more than carry, or not carry.
 
+Those whose routers allow it do without: two that meet here are told where each of them is, and dial each other
+(`protocol.meeting`).
+
 A connection per client, dialled by the peer when it is wanted, and not one for all: each has TCP's own flow control,
 a slow client holds up nobody, and nothing has to be taken apart here.
 """
@@ -25,10 +28,10 @@ from dht.background import background
 from peer.bucket import Bucket
 from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
-from protocol.errors import ConfigError, PeerError, PeerFull, PotluckError, WireError
+from protocol.errors import BadMessage, ConfigError, PeerError, PeerFull, PotluckError, WireError
 from protocol.hosts import block, ip
 from protocol.identity import certificate_name
-from protocol.relay_frames import NONCE_BYTES, Frame, FrameReader, Kind, proven
+from protocol.relay_frames import NONCE_BYTES, End, Frame, FrameReader, Kind, came, meet, proven, sought
 from protocol.splice import Splice
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Relay:
         port: at which it listens.
         carried_bytes: so far.
         joined: connections of clients that it has joined with a peer's, so far.
+        met: clients and peers that have met here, so far.
         refusals: whom it turned away, so far, by the error's code.
     """
 
@@ -71,7 +75,7 @@ class Relay:
         self.peer_id = peer_id
         self.port = 0
         self.carried_bytes = 0
-        self.joined = 0
+        self.joined = self.met = 0
         self.refusals: Counter[str] = Counter()
         self.settings = settings
         self.board: Switchboard[Entrance] = Switchboard(settings.limits)
@@ -184,18 +188,21 @@ class Entrance(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._host = self._block = ""
+        self._port = 0
         self._greeted = False
         self._received = bytearray()
         self._frames: FrameReader | None = None
         self._nonce = b""
         self._registered: str | None = None  # its name, if it is a peer's
         self._token = b""  # of a client that waits
+        self._own: End | None = None  # where one that comes to a meeting is, by itself
+        self._meeting: Call[Entrance] | None = None  # of a client that has met its peer
         self._deadline: asyncio.TimerHandle | None = None
         self.heard_s = self._loop.time()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        name = str((self._transport.get_extra_info("peername") or ("",))[0])
+        name, self._port, *_ = self._transport.get_extra_info("peername") or ("", 0)
         self._host = str(ip(name) or name)
         self._block = block(self._host)
         self._relay.enter(self)
@@ -211,6 +218,8 @@ class Entrance(asyncio.Protocol):
             return
         self.heard_s = self._loop.time()
         try:
+            if self._own is not None:
+                raise BadMessage("who comes to a meeting has nothing more to say")
             if self._token:
                 self._received += data
                 if len(self._received) > MAX_HELLO_BYTES + (256 << 10):  # reading had been paused
@@ -264,10 +273,19 @@ class Entrance(asyncio.Protocol):
         assert self._frames is not None
         self._frames.feed(data)
         for frame in self._frames.frames():
-            if frame.kind is Kind.DATA and self._registered is None and not self._nonce:
-                self._come(frame.body)
+            if self._registered is None and not self._nonce and frame.kind in (Kind.DATA, Kind.SEEK, Kind.HERE):
+                self._begin(frame)
                 return
             self._take(frame)
+
+    def _begin(self, frame: Frame) -> None:
+        """The one frame of a connection that will carry no others."""
+        if frame.kind is Kind.DATA:
+            self._come(frame.body)
+        elif frame.kind is Kind.SEEK:
+            self._seek(*sought(frame))
+        else:
+            self._meet(*came(frame))
 
     def _take(self, frame: Frame) -> None:
         if self._registered is not None:
@@ -295,12 +313,50 @@ class Entrance(asyncio.Protocol):
         self.say(Frame(Kind.WELCOME, self._host.encode()))
 
     def _come(self, token: bytes) -> None:
+        found = self._answered(token, seeks=False)
+        if found is not None:
+            self._relay.join(found, self)
+
+    def _answered(self, token: bytes, *, seeks: bool) -> Call[Entrance] | None:
+        """The call for which this connection has come; None: there is none, and it is ended."""
         found = self._relay.board.answer(token)
-        if found is None:
-            self.abort()
-            return
+        if found is not None and found.seeks == seeks:
+            self._known()
+            return found
+        if found is not None:  # the peer mistakes a meeting for a call, or the other way round
+            self._relay.board.hang_up(found)
+            found.client.abort()
+        self.abort()
+        return None
+
+    # ------------------------------------------------------------------ meetings
+
+    def _seek(self, name: str, own: End) -> None:
+        token, provider = self._relay.board.call(name, self, self._block, seeks=True)
+        self._own = own
         self._known()
-        self._relay.join(found, self)
+        self._token = token
+        self._deadline = self._loop.call_later(self._relay.settings.limits.dial_s, self.abort)
+        provider.say(Frame(Kind.SOUGHT, token))
+
+    def _meet(self, token: bytes, own: End) -> None:
+        found = self._answered(token, seeks=True)
+        if found is None:
+            return
+        self._own = own
+        client = found.client
+        client._token, client._meeting = b"", found
+        self._relay.met += 1
+        for one, other in ((self, client), (client, self)):
+            one._tell_of(other)
+
+    def _tell_of(self, other: Entrance) -> None:
+        """Where the other one is; as it sees itself, only if both are behind one router."""
+        assert other._own is not None
+        near = [other._own] if other._host == self._host else []
+        self._stop_waiting()
+        self._deadline = self._loop.call_later(self._relay.settings.limits.meet_s, self.abort)
+        self.say(meet((self._host, self._port), [(other._host, other._port), *near]))
 
     def say(self, frame: Frame) -> None:
         """To the peer. One that does not read is given up before it costs memory."""
@@ -353,7 +409,9 @@ class Entrance(asyncio.Protocol):
             self._relay.board.unregister(self._registered, self)
         if self._token and (waited := self._relay.board.answer(self._token)) is not None:
             self._relay.board.hang_up(waited)
-        self._token = b""
+        if self._meeting is not None:
+            self._relay.board.hang_up(self._meeting)
+        self._token, self._meeting = b"", None
         self._transport = None
 
     def abort(self) -> None:

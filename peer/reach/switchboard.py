@@ -29,6 +29,7 @@ class RelayLimits:
         dial_s: seconds in which a peer comes for a client.
         idle_s: seconds without a byte after which a client's connection is ended.
         silent_s: seconds without a word after which a registered peer is forgotten.
+        meet_s: seconds in which two that have met here find a way without the relay.
     """
 
     providers: int = 64
@@ -43,6 +44,7 @@ class RelayLimits:
     dial_s: float = 5.0
     idle_s: float = 120.0
     silent_s: float = 45.0
+    meet_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ class _Provider(Generic[Line]):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Line]):
-    """A client's connection, or wish for one: to the peer of that name, from that block of addresses."""
+    """A client's connection, or wish for one: to the peer of that name, from that block of addresses. A client that
+    `seeks` wants to meet it, and to have the relay carry nothing."""
 
     name: str
     block: str
     client: Line
+    seeks: bool = False
 
 
 class Switchboard(Generic[Line]):
@@ -124,7 +128,7 @@ class Switchboard(Generic[Line]):
 
     # ------------------------------------------------------------------ clients
 
-    def call(self, name: str, client: Line, block: str) -> tuple[bytes, Line]:
+    def call(self, name: str, client: Line, block: str, *, seeks: bool = False) -> tuple[bytes, Line]:
         """A client asks for `name`. Returns the token with which the peer shall come, and its line, to be told.
 
         The call counts until `hang_up`.
@@ -145,7 +149,7 @@ class Switchboard(Generic[Line]):
         ):
             raise PeerFull("this relay carries as many connections as it can")
         token = secrets.token_bytes(TOKEN_BYTES)
-        self._waiting[token] = Call(name, block, client)
+        self._waiting[token] = Call(name, block, client, seeks)
         self._calls[name] += 1
         self._callers[block] += 1
         return token, provider.line

@@ -15,7 +15,7 @@ from typing import Any, cast
 from dht.background import task_group
 from protocol.errors import PeerFull, PeerLost, PotluckError, WireError
 from protocol.identity import Identity
-from protocol.relay_frames import Frame, FrameReader, Kind, proof
+from protocol.relay_frames import End, Frame, FrameReader, Kind, proof
 from protocol.splice import Splice
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,6 @@ SILENT_S = 35.0  # without a word of the relay: it is lost
 MAX_CALLS = 128
 READ_BYTES = 4096
 
-End = tuple[str, int]
-
 
 class Tether:
     """To one relay.
@@ -38,6 +36,7 @@ class Tether:
         relay_id: the relay's peer id.
         ends: where the relay listens, tried in this order: host, port.
         target: this peer's own gRPC port; None: it has none at the moment.
+        sought: told that a client wants to meet this peer at that relay: where the relay is, and the token.
 
     Attributes:
         welcome: done with the host that the relay sees us as, once it serves us; fails if it does not.
@@ -46,7 +45,12 @@ class Tether:
     """
 
     def __init__(
-        self, identity: Identity, relay_id: str, ends: tuple[End, ...], target: Callable[[], End | None]
+        self,
+        identity: Identity,
+        relay_id: str,
+        ends: tuple[End, ...],
+        target: Callable[[], End | None],
+        sought: Callable[[End, bytes], None] = lambda relay, token: None,
     ) -> None:
         self.relay_id = relay_id
         self.end: End | None = None
@@ -56,6 +60,7 @@ class Tether:
         self._identity = identity
         self._ends = ends
         self._target = target
+        self._sought = sought
         self._splices: dict[Splice, End] = {}  # with our own end of the connection to the gRPC port
 
     @property
@@ -136,6 +141,8 @@ class Tether:
                     for frame in came:
                         if frame.kind is Kind.DIAL:
                             self._call(frame.body, tasks)
+                        elif frame.kind is Kind.SOUGHT and self.end is not None:
+                            self._sought(self.end, frame.body)
             finally:
                 pinging.cancel()
 

@@ -23,10 +23,10 @@ from peer.reach.dialback import ask
 from peer.reach.moorings import Moorings
 from peer.reach.places import Place
 from peer.reach.relay import Relay, RelaySettings, open_relay
-from peer.reach.tether import End
 from peer.reach.verdict import Position, helpers, settle
 from protocol.hosts import address, ip, own_host
 from protocol.identity import Identity
+from protocol.relay_frames import End
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Whereabouts:
         self._around = around
         self.relay = relay
         self._rng = random.Random()
-        self._moorings = Moorings(identity, around.peers, self._target, self._poke)
+        self._moorings = Moorings(identity, around.peers, self._target, self._poke, direct=config.direct)
         self._mooring: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup
         self._poked = asyncio.Event()

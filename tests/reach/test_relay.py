@@ -307,6 +307,7 @@ async def test_what_it_does_is_counted_for_prometheus() -> None:
             writer.close()
             found = await relay_metrics(url)
             assert found["peers"] == found["peers_limit"] == 1
+            assert found["meetings_total"] == 0
             assert found["connections"] == found["connections_total"] == 1
             assert 200_000 < found["bytes_total"] == place.relay.carried_bytes < 250_000
             assert found["refusals_total peer-full"] == found["refusals_total bad-message"] == 1

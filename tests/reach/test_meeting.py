@@ -1,0 +1,355 @@
+"""Ways to a hidden peer that go round its relay, with real sockets on loopback: who meets, who does not, and what
+is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from client.channels import Channels
+from dht.record import PeerRecord
+from peer.reach import meetings as meetings_module
+from peer.reach.meetings import Meetings
+from peer.reach.relay import Relay, RelaySettings, open_relay
+from peer.reach.switchboard import RelayLimits
+from peer.reach.tether import Tether
+from protocol import meeting as meeting_module
+from protocol.bypass import Bypass, find_bypass
+from protocol.channel import connected, open_channel
+from protocol.errors import BadMessage, PeerLost
+from protocol.frames import step_frames
+from protocol.identity import certificate_name
+from protocol.limits import MESSAGE_BYTES
+from protocol.loop import new_event_loop
+from protocol.meeting import is_worth_dialling
+from protocol.ping import round_trip_ms
+from protocol.relay_frames import (
+    MAX_BODY_BYTES,
+    TOKEN_BYTES,
+    End,
+    Frame,
+    FrameReader,
+    Kind,
+    came,
+    here,
+    meet,
+    met,
+    seek,
+    sought,
+)
+from protocol.span import Span
+from slicing import load_span, resolve
+from tests.harness import identity, record_of
+from tests.peer.test_push import FIRST, N_BLOCKS, SECOND, peers, reference, same, steps
+from tests.reach.support import answering, hello_of
+from tests.reach.test_addresses import carried_by, record
+from tests.waiting import until
+
+TIMEOUT_S = 10.0
+
+
+@dataclass
+class Place:
+    """A relay, and a hidden peer (identity 1) that is tied to it and goes to meetings."""
+
+    relay: Relay
+    meetings: Meetings
+    tying: asyncio.Task[None]
+    port: int
+
+    @property
+    def at(self) -> str:
+        return f"127.0.0.1:{self.relay.port}"
+
+    async def find(self) -> Bypass:
+        return await find_bypass([self.at], identity(1).certificate_der)
+
+
+@contextlib.asynccontextmanager
+async def tied(
+    limits: RelayLimits | None = None, *, comes: bool = True, port: int | None = None
+) -> AsyncIterator[Place]:
+    """`port`: where identity 1 answers; None: it is made."""
+    settings = RelaySettings("127.0.0.1", 0, 1e5, limits=limits or RelayLimits())
+    async with (
+        contextlib.nullcontext(port) if port is not None else answering(1) as port,
+        open_relay(identity(0).peer_id, settings) as relay,
+        asyncio.TaskGroup() as tasks,
+    ):
+        meetings = Meetings(lambda: ("127.0.0.1", port))
+
+        def go(relay: End, token: bytes) -> None:
+            if comes:
+                meetings.sought("relay", relay, token, tasks)
+
+        end = "127.0.0.1", relay.port
+        tether = Tether(identity(1), identity(0).peer_id, (end,), lambda: ("127.0.0.1", port), go)
+        tying = asyncio.create_task(tether.run())
+        async with asyncio.timeout(TIMEOUT_S):
+            await tether.welcome
+        try:
+            yield Place(relay, meetings, tying, port)
+        finally:
+            tying.cancel()
+            with contextlib.suppress(asyncio.CancelledError, PeerLost):
+                await tying
+            for task in tasks._tasks:  # type: ignore[attr-defined]
+                task.cancel()
+
+
+# ---------------------------------------------------------------------------- together
+
+
+async def goes_round_the_relay() -> None:
+    async with tied() as place:
+        bypass = await place.find()
+        channel = open_channel(bypass.address, identity(1).certificate_der, max_message_bytes=MESSAGE_BYTES)
+        assert await round_trip_ms(channel, TIMEOUT_S) is not None
+        await until(lambda: place.relay.board.calls == 0)
+        assert place.relay.carried_bytes == 0 and place.relay.met == 1 and place.meetings.came == 1
+        await place.relay.close()
+        with contextlib.suppress(PeerLost):
+            await place.tying
+        assert await round_trip_ms(channel, TIMEOUT_S) is not None, "what was met outlives the relay"
+        assert not bypass.is_over
+        await channel.close()
+        await until(lambda: bypass.is_over)
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, new_event_loop])
+def test_a_client_goes_round_the_relay(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(goes_round_the_relay())
+
+
+async def test_new_sessions_use_the_way_that_was_found_and_the_relay_when_it_ends() -> None:
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        await channels.approach([there])
+        assert await carried_by(channels.to(there), place.relay) == 0
+        (bypass,) = channels._bypasses.values()
+        bypass.close()
+        assert await carried_by(channels.to(there), place.relay) > 0
+        met = place.relay.met
+        await channels.go_direct([there])
+        assert place.relay.met == met, "it is tried again only after a while"
+        await channels.close()
+
+
+async def test_a_session_that_begins_does_not_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.channels.APPROACH_S", 0.2)
+    async with tied(RelayLimits(dial_s=1.0), comes=False) as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        began_s = asyncio.get_running_loop().time()
+        await channels.approach([there])
+        await channels.approach([there])
+        assert 0.2 <= asyncio.get_running_loop().time() - began_s < 0.8
+        assert await carried_by(channels.to(there), place.relay) > 0
+        await channels.close()
+
+
+async def test_who_does_not_want_to_is_not_met() -> None:
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels(direct=False)
+        await channels.approach([there])
+        await channels.go_direct([there])
+        assert place.relay.met == 0 and await carried_by(channels.to(there), place.relay) > 0
+        await channels.close()
+
+
+async def test_a_peer_in_no_sessions_way_is_not_met() -> None:
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        async with channels.lent(there, keep=True) as channel:
+            assert await round_trip_ms(channel, TIMEOUT_S) is not None
+        await channels.go_direct([there])
+        assert place.relay.met == 0
+        await channels.close()
+
+
+async def test_a_peers_stream_to_the_next_one_goes_over_to_the_way_round(
+    tiny_llama: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps come in order before, at, and after that, and the answers are the unsplit model's bits."""
+    folder = tiny_llama(N_BLOCKS)
+    async with peers(folder, FIRST, SECOND) as two, tied(port=two.hosts[1].port) as place:
+        hidden = replace(record_of(two.hosts[1]), addresses=(place.at,), relayed=1)
+
+        async def find(peer_id: str, useless: PeerRecord | None = None) -> PeerRecord | None:
+            return hidden if peer_id == hidden.peer_id else None
+
+        monkeypatch.setattr(two.links(), "_resolve", find)
+        first, second = await two.chain()
+        tokens = [1] * 30  # before the first receipt
+        model = load_span(resolve(str(folder)), Span(0, N_BLOCKS), dtype=torch.float32)
+        sent, carried = steps(tokens), []
+        for one, wanted in zip(sent, reference(model, tokens, Span(0, N_BLOCKS)), strict=True):
+            await first.send(*step_frames(one))
+            same([await second.result()], [wanted])
+            carried.append(place.relay.carried_bytes)
+            await asyncio.sleep(0.05)
+        assert place.meetings.came == 1 and carried[0] > 0 and carried[-10] == carried[-1], carried
+        assert two.hosts[1].house.intake.pushed == len(tokens), "none of them went through the client"
+
+
+# ---------------------------------------------------------------------------- those that fail
+
+
+async def test_nobody_comes() -> None:
+    async with tied(RelayLimits(dial_s=0.2), comes=False) as place:
+        with pytest.raises(PeerLost, match="the relay ended the meeting"):
+            await place.find()
+        await until(lambda: place.relay.board.calls == 0)
+
+
+async def test_nobody_of_that_name() -> None:
+    async with tied() as place:
+        with pytest.raises(PeerLost, match="no peer of that name is registered"):
+            await find_bypass([place.at], identity(2).certificate_der)
+
+
+async def test_there_is_no_relay() -> None:
+    with pytest.raises(PeerLost, match="no relay"):
+        await find_bypass([], identity(2).certificate_der)
+    with pytest.raises(PeerLost):
+        await find_bypass(["127.0.0.1:1"], identity(2).certificate_der)
+
+
+async def test_no_dial_gets_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a router that picks another port for each destination."""
+    monkeypatch.setattr(meeting_module, "APPROACH_S", 0.3)
+    async with tied() as place:
+        before = psutil.Process().num_fds()
+        monkeypatch.setattr(meeting_module, "is_worth_dialling", lambda *_: False)
+        with pytest.raises(PeerLost, match="no dial got through"):
+            await place.find()
+        await until(lambda: psutil.Process().num_fds() <= before)
+
+
+async def test_it_is_another_peer_that_answers() -> None:
+    """A relay that lies about where a peer is: the certificate tells."""
+    async with tied() as place, answering(2) as other:
+        place.meetings._target = lambda: ("127.0.0.1", other)
+        bypass = await place.find()
+        channel = open_channel(bypass.address, identity(1).certificate_der, max_message_bytes=MESSAGE_BYTES)
+        assert not await connected(channel, 3.0)
+        await channel.close()
+        bypass.close()
+
+
+async def test_a_port_is_for_one_connection() -> None:
+    async with tied() as place:
+        bypass = await place.find()
+        host, _, port = bypass.address.partition(":")
+        _, first = await asyncio.open_connection(host, int(port))
+        with contextlib.suppress(OSError):
+            reader, _ = await asyncio.open_connection(host, int(port))
+            assert await reader.read() == b""
+        assert not bypass.is_over
+        first.close()
+        bypass.close()
+
+
+async def test_who_is_sought_too_often_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meetings_module, "PER_RELAY", 1)
+    async with tied(RelayLimits(dial_s=0.3)) as place:
+        place.meetings._quota = meetings_module.Quota(1, 10, 1e9)
+        (await place.find()).close()
+        with pytest.raises(PeerLost, match="ended the meeting"):
+            await place.find()
+
+
+@pytest.mark.parametrize("answer", [Kind.DATA, Kind.HERE])
+async def test_who_mistakes_a_meeting_for_a_call_ends_both(answer: Kind) -> None:
+    """The peer's side, by hand: it is sought and comes with DATA, or is called and comes with HERE."""
+    async with tied(comes=False) as place:
+        tokens: asyncio.Queue[bytes] = asyncio.Queue()
+        (provider,) = place.relay.board._providers.values()
+        said = provider.line.say
+        provider.line.say = lambda frame: tokens.put_nowait(frame.body)  # type: ignore[method-assign]
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        name = certificate_name(identity(1).peer_id)
+        if answer is Kind.DATA:
+            writer.write(seek(name, ("127.0.0.1", 5000)).encode())
+        else:
+            writer.write(hello_of(name))
+        token = await asyncio.wait_for(tokens.get(), TIMEOUT_S)
+        there, back = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        back.write((Frame(answer, token) if answer is Kind.DATA else here(token, ("127.0.0.1", 5001))).encode())
+        for end in (reader, there):
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(end.read(), TIMEOUT_S) == b""
+        await until(lambda: place.relay.board.calls == 0)
+        provider.line.say = said  # type: ignore[method-assign]
+        writer.close()
+        back.close()
+
+
+async def test_who_seeks_and_goes_on_talking_is_ended() -> None:
+    async with tied(comes=False) as place:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        writer.write(seek(certificate_name(identity(1).peer_id), ("127.0.0.1", 5000)).encode())
+        await until(lambda: place.relay.board.calls == 1)
+        writer.write(b"more")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), TIMEOUT_S) == b""
+        await until(lambda: place.relay.board.calls == 0)
+        assert place.relay.refusals["bad-message"] == 1
+        writer.close()
+
+
+# ---------------------------------------------------------------------------- what is said
+
+A, B, C = ("45.77.1.2", 4001), ("10.1.0.2", 4002), ("2001:db8::1", 4003)
+
+
+def test_what_is_said_is_heard() -> None:
+    assert sought(seek("name", B)) == ("name", B)
+    assert came(here(bytes(TOKEN_BYTES), C)) == (bytes(TOKEN_BYTES), C)
+    assert met(meet(A, [B, C])) == (A, (B, C))
+    assert met(meet(("::ffff:45.77.1.2", 4001), [B]))[0] == A
+    reader = FrameReader()
+    reader.feed(meet(A, [B, C]).encode())
+    assert [met(frame) for frame in reader.frames()] == [(A, (B, C))]
+
+
+MALFORMED = (
+    b"", b"x", b"1.2.3.4:5", b"1.2.3.4:5 1.2.3.4:0", b"1.2.3.4:5 host:7", b"1.2.3.4:5 1.2.3.4:99999", b"1.2.3.4:5 " * 6,
+    b"\xff\xff", b"1.2.3.4:5 1.2.3.4:\xc2\xb2", b"1.2.3.4:5 " + b"9" * (MAX_BODY_BYTES - 10),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("body", MALFORMED)
+def test_what_is_malformed_is_refused(body: bytes) -> None:
+    with pytest.raises(BadMessage):
+        met(Frame(Kind.MEET, body))
+    if b":" not in body or b" " in body:
+        with pytest.raises(BadMessage):
+            sought(Frame(Kind.SEEK, b"name " + body))
+        with pytest.raises(BadMessage):
+            came(Frame(Kind.HERE, bytes(TOKEN_BYTES) + body))
+
+
+@pytest.mark.parametrize(
+    ("end", "own", "seen", "other", "worth"),
+    [
+        (A, B, ("45.77.9.9", 5), A, True),
+        (("10.2.0.2", 4002), B, ("45.77.9.9", 5), ("10.2.0.2", 4002), False),  # a relay that lies
+        (("10.2.0.2", 4002), B, ("45.77.9.9", 5), ("45.77.9.9", 6), True),  # behind the same router
+        (("10.2.0.2", 4002), B, ("10.1.0.2", 5), ("10.2.0.2", 4002), True),  # as the relay is
+        (("127.0.0.1", 4002), B, ("45.77.9.9", 5), ("45.77.9.9", 6), False),
+        (("127.0.0.1", 4002), B, ("127.0.0.1", 5), ("127.0.0.1", 6), True),
+        (("45.77.1.2", 80), B, ("45.77.9.9", 5), A, False),
+        (C, B, ("45.77.9.9", 5), C, False),  # IPv6 from an IPv4 port
+        (B, B, ("45.77.9.9", 5), ("45.77.9.9", 6), False),  # itself
+    ],
+)
+def test_where_a_side_dials_because_a_relay_says_so(end: End, own: End, seen: End, other: End, worth: bool) -> None:
+    assert is_worth_dialling(end, own, seen, other) is worth
