@@ -1,4 +1,6 @@
-"""`python -m tests.reach.asker TOKENS PEER MADDR...`: a client that writes each token of a long answer as it comes.
+"""`python -m tests.reach.asker TOKENS PEER WAY MADDR...`: a client that writes each token of a long answer as it comes.
+
+WAY is `direct` or `relayed`: may it do without a relay?
 
 Run in a network namespace by `test_nat`; uses that one peer. What happens to its chain goes to stderr.
 """
@@ -23,10 +25,14 @@ class Writer(BaseStreamer):
         print("end", flush=True)
 
 
-def main(tokens: str, peer: str, *join: str) -> None:
+def main(tokens: str, peer: str, way: str, *join: str) -> None:
     torch.set_num_threads(1)
     with SwarmModelForCausalLM.from_pretrained(
-        join=join, route=(peer,), speculate="off", on_event=lambda text: print(text, file=sys.stderr, flush=True)
+        join=join,
+        route=(peer,),
+        direct=way == "direct",
+        speculate="off",
+        on_event=lambda text: print(text, file=sys.stderr, flush=True),
     ) as model:
         answers_at_length(model)
         prompt = torch.tensor([[5, 17, 80, 33, 61]])

@@ -4,6 +4,8 @@
                                             bridge (net)
     10.2.0.2 home-b ── router-b 45.77.40.2 ──┘             └── 45.77.20.2 two
 
+`room-a`, 10.3.0.2, is a second machine of home a, in another net behind the same router.
+
 The public addresses look like the internet's: libp2p announces no others. Needs root, `ip` and `nft`.
 """
 
@@ -11,13 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 
 PUBLIC = {"one": "45.77.10.2", "two": "45.77.20.2", "router-a": "45.77.30.2", "router-b": "45.77.40.2"}
-HOMES = {"home-a": ("router-a", "10.1.0"), "home-b": ("router-b", "10.2.0")}
+HOMES = {
+    "home-a": ("router-a", "lan", "10.1.0"),
+    "home-b": ("router-b", "lan", "10.2.0"),
+    "room-a": ("router-a", "lan2", "10.3.0"),
+}
 
 RULES = """
 table ip nat {
@@ -54,10 +61,11 @@ class Network:
     def run(self, place: str, *command: str, stdin: str | None = None) -> str:
         return _run(*self.inside(place), *command, stdin=stdin)
 
-    def is_connected(self, place: str, host: str, port: int) -> bool:
-        """Is there a TCP connection from that place to there?"""
-        there = f"{socket.inet_aton(host)[::-1].hex().upper()}:{port:04X} 01"
-        return there in self.run(place, "cat", "/proc/net/tcp", "/proc/net/tcp6")
+    def is_connected(self, place: str, host: str, port: int | None = None) -> bool:
+        """Is there a TCP connection from that place to there? `port` None: to any port."""
+        at = "[0-9A-F]{4}" if port is None else f"{port:04X}"
+        there = f"{socket.inet_aton(host)[::-1].hex().upper()}:{at} 01"
+        return re.search(there, self.run(place, "cat", "/proc/net/tcp", "/proc/net/tcp6")) is not None
 
     def reaches(self, place: str, host: str, port: int) -> bool:
         """Does a TCP connection from that place to there come about within a second?"""
@@ -79,6 +87,19 @@ class Network:
         """From now on the router of home a forwards a port."""
         self.run("router-a", "nft", "add", "rule", "ip", "nat", "incoming", "iifname", "public",
                  "tcp", "dport", str(outer), "dnat", "to", f"10.1.0.2:{inner}")  # fmt: skip
+
+    def scatter(self, home: str) -> None:
+        """From now on the home's router shows another port to each destination, as some do."""
+        router, *_ = HOMES[home]
+        self.run(router, "nft", "flush", "chain", "ip", "nat", "outgoing")
+        self.run(router, "nft", "add", "rule", "ip", "nat", "outgoing", "oifname", "public", "masquerade",
+                 "random,fully-random")  # fmt: skip
+
+    def gather(self, home: str) -> None:
+        """It is as before."""
+        router, *_ = HOMES[home]
+        self.run(router, "nft", "flush", "chain", "ip", "nat", "outgoing")
+        self.run(router, "nft", "add", "rule", "ip", "nat", "outgoing", "oifname", "public", "masquerade")
 
     def shape(self, mbit_per_s: int) -> None:
         """From now on the line of home a carries no more, in either direction."""
@@ -127,10 +148,10 @@ def two_homes() -> Iterator[Network]:
             _cable(network, place, "public", "net", f"to-{place}")
             _ip(network, "net", "link", "set", f"to-{place}", "master", "bridge")
             _ip(network, place, "addr", "add", f"{address}/16", "dev", "public")
-        for home, (router, net) in HOMES.items():
-            _cable(network, home, "lan", router, "lan")
+        for home, (router, device, net) in HOMES.items():
+            _cable(network, home, "lan", router, device)
             _ip(network, home, "addr", "add", f"{net}.2/24", "dev", "lan")
-            _ip(network, router, "addr", "add", f"{net}.1/24", "dev", "lan")
+            _ip(network, router, "addr", "add", f"{net}.1/24", "dev", device)
             _ip(network, home, "route", "add", "default", "via", f"{net}.1")
             network.run(router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
             network.run(router, "nft", "-f", "-", stdin=RULES)

@@ -62,9 +62,13 @@ class Homes:
     def hidden_id(self) -> str:
         return self.hidden.says(PEER.pattern)[1]
 
-    def ask(self) -> Process:
-        """A long answer of the hidden peer, for home b."""
-        return self.start("home-b", "tests.reach.asker", str(TOKENS), self.hidden_id, *self.maddrs.values())
+    def ask(self, way: str, place: str = "home-b") -> Process:
+        """A long answer of the hidden peer; `way` as for the asker."""
+        return self.start(place, "tests.reach.asker", str(TOKENS), self.hidden_id, way, *self.maddrs.values())
+
+    def used(self, place: str) -> list[str]:
+        """The relays to which that place is connected."""
+        return [relay for relay in self.relays if self.network.is_connected(place, PUBLIC[relay], RELAY)]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homes]:
             for process in (*homes.relays.values(), homes.hidden):
                 if process is not None:
                     process.kill()
-            for place in ("one", "two", "home-a", "home-b"):
+            for place in ("one", "two", "home-a", "home-b", "room-a"):
                 with nothing_left_over(folder / place):
                     pass
     print("the network namespaces are gone")
@@ -115,11 +119,11 @@ def test_its_record_stays_when_its_node_becomes_a_client(homes: Homes) -> None:
 
 @pytest.mark.parametrize("end", ["killed", "cut off"])
 def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end: str) -> None:
-    with homes.ask() as undisturbed:
+    with homes.ask("relayed") as undisturbed:
         assert undisturbed.wait(120.0) == 0, undisturbed.stderr
-    with homes.ask() as process:
+    with homes.ask("relayed") as process:
         until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
-        (used,) = [place for place in homes.relays if homes.network.is_connected("home-b", PUBLIC[place], RELAY)]
+        (used,) = homes.used("home-b")
         if end == "killed":
             homes.relays[used].send(signal.SIGKILL)
         else:
@@ -137,6 +141,45 @@ def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end
     until(lambda: not processes_of(homes.folder / used), f"the end of the p2pd of {used}, which holds its port")
     homes.relays[used] = homes.serve(used, "0:1")
     homes.relays[used].says(PEER.pattern)
+
+
+def test_two_homes_go_past_their_relays(homes: Homes) -> None:
+    """Both routers let in what answers. With the relays gone in the middle, the answer goes on as if nothing had been."""
+    with homes.ask("relayed") as undisturbed:
+        assert undisturbed.wait(120.0) == 0, undisturbed.stderr
+    with homes.ask("direct") as process:
+        until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
+        assert homes.network.is_connected("home-b", PUBLIC["router-a"])
+        for place in homes.relays:
+            homes.network.unplug(place)
+        before = process.stdout.count("\n")
+        assert process.wait(120.0) == 0, process.stderr
+        assert before < TOKENS, "it was in the middle"
+        assert process.stdout == undisturbed.stdout and process.stdout.endswith("end\n")
+        assert "is lost" not in process.stderr
+    for place in homes.relays:
+        homes.network.plug(place)
+    for place, other in (("one", "two"), ("two", "one")):
+        until(lambda: homes.network.reaches(place, PUBLIC[other], DHT), f"{place} to reach {other}")  # noqa: B023
+    until(lambda: len(homes.used("home-a")) == 2, "the hidden peer to be tied again", 90.0)
+
+
+def test_two_machines_of_one_home_speak_within_it(homes: Homes) -> None:
+    with homes.ask("direct", "room-a") as process:
+        until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
+        assert homes.network.is_connected("room-a", "10.1.0.2")
+        assert process.wait(120.0) == 0, process.stderr
+
+
+def test_behind_a_router_that_scatters_ports_the_relay_carries_on(homes: Homes) -> None:
+    homes.network.scatter("home-b")
+    try:
+        with homes.ask("direct") as process:
+            until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
+            assert homes.used("home-b") and not homes.network.is_connected("home-b", PUBLIC["router-a"])
+            assert process.wait(120.0) == 0, process.stderr
+    finally:
+        homes.network.gather("home-b")
 
 
 def test_doctor_in_a_home_says_that_it_can_serve_through_a_relay(homes: Homes) -> None:
