@@ -144,7 +144,7 @@ def test_an_answer_crosses_both_routers_and_survives_its_relay(homes: Homes, end
 
 
 def test_two_homes_go_past_their_relays(homes: Homes) -> None:
-    """Both routers let in what answers. With the relays gone in the middle, the answer goes on as if nothing had been."""
+    """Both routers let in what answers. With the relays gone in the middle, the answer goes on all the same."""
     with homes.ask("relayed") as undisturbed:
         assert undisturbed.wait(120.0) == 0, undisturbed.stderr
     with homes.ask("direct") as process:
