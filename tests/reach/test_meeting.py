@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from protocol.bypass import Bypass, find_bypass
 from protocol.channel import connected, open_channel
 from protocol.errors import BadMessage, PeerLost
 from protocol.frames import step_frames
+from protocol.hosts import address
 from protocol.identity import certificate_name
 from protocol.limits import MESSAGE_BYTES
 from protocol.loop import new_event_loop
@@ -62,11 +64,7 @@ class Place:
     relay: Relay
     meetings: Meetings
     tying: asyncio.Task[None]
-    port: int
-
-    @property
-    def at(self) -> str:
-        return f"127.0.0.1:{self.relay.port}"
+    at: str  # where the relay is
 
     async def find(self) -> Bypass:
         return await find_bypass([self.at], identity(1).certificate_der)
@@ -74,10 +72,10 @@ class Place:
 
 @contextlib.asynccontextmanager
 async def tied(
-    limits: RelayLimits | None = None, *, comes: bool = True, port: int | None = None
+    limits: RelayLimits | None = None, *, comes: bool = True, port: int | None = None, host: str = "127.0.0.1"
 ) -> AsyncIterator[Place]:
-    """`port`: where identity 1 answers; None: it is made."""
-    settings = RelaySettings("127.0.0.1", 0, 1e5, limits=limits or RelayLimits())
+    """`port`: where identity 1 answers; None: it is made. `host`: the relay's."""
+    settings = RelaySettings(host, 0, 1e5, limits=limits or RelayLimits())
     async with (
         contextlib.nullcontext(port) if port is not None else answering(1) as port,
         open_relay(identity(0).peer_id, settings) as relay,
@@ -89,13 +87,13 @@ async def tied(
             if comes:
                 meetings.sought("relay", relay, token, tasks)
 
-        end = "127.0.0.1", relay.port
+        end = host, relay.port
         tether = Tether(identity(1), identity(0).peer_id, (end,), lambda: ("127.0.0.1", port), go)
         tying = asyncio.create_task(tether.run())
         async with asyncio.timeout(TIMEOUT_S):
             await tether.welcome
         try:
-            yield Place(relay, meetings, tying, port)
+            yield Place(relay, meetings, tying, address(*end))
         finally:
             tying.cancel()
             with contextlib.suppress(asyncio.CancelledError, PeerLost):
@@ -107,8 +105,8 @@ async def tied(
 # ---------------------------------------------------------------------------- together
 
 
-async def goes_round_the_relay() -> None:
-    async with tied() as place:
+async def goes_round_the_relay(host: str = "127.0.0.1") -> None:
+    async with tied(host=host) as place:
         bypass = await place.find()
         channel = open_channel(bypass.address, identity(1).certificate_der, max_message_bytes=MESSAGE_BYTES)
         assert await round_trip_ms(channel, TIMEOUT_S) is not None
@@ -127,6 +125,11 @@ async def goes_round_the_relay() -> None:
 def test_a_client_goes_round_the_relay(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(goes_round_the_relay())
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+async def test_as_well_where_addresses_are_long() -> None:
+    await goes_round_the_relay("::1")
 
 
 async def test_new_sessions_use_the_way_that_was_found_and_the_relay_when_it_ends() -> None:
