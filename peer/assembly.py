@@ -30,7 +30,7 @@ from peer.first_span import FirstSpan
 from peer.gate import PEER, Lists
 from peer.host import Served, SpanHost
 from peer.hosting import Hosting
-from peer.links import Resolve
+from peer.link import Resolve
 from peer.loading import SpanLoader
 from peer.metrics import serving_metrics
 from peer.neighbours import Neighbours

@@ -26,7 +26,8 @@ from peer.gate import Entry, Gate
 from peer.gauge import Gauge, probe_kv_bytes
 from peer.house import House
 from peer.intake import Intake
-from peer.links import Resolve, open_links
+from peer.link import Resolve
+from peer.links import open_links
 from peer.meter import Meter
 from peer.receipts import Receipts
 from peer.scheduler import Scheduler

@@ -19,7 +19,7 @@ from client.hop import Hop
 from client.open_chain import OpenChain
 from client.session import Session
 from peer.host import SpanHost
-from peer.links import _Link, _Parcel
+from peer.link import Link, Parcel
 from protocol.errors import PeerFull
 from protocol.limits import IN_FLIGHT
 from protocol.messages import CacheOp, Step
@@ -210,17 +210,17 @@ async def test_chunks_are_lost_between_two_peers(
     checkpoint: Path, whole: SpanModel, monkeypatch: pytest.MonkeyPatch, losses: set[int]
 ) -> None:
     """A stream that breaks takes with it what it had taken; those after them come on another."""
-    steps, write = chunks(), _Link._write
+    steps, write = chunks(), Link._write
     still = set(losses)
 
-    async def _write(link: _Link, call: Any, parcel: _Parcel) -> None:
+    async def _write(link: Link, call: Any, parcel: Parcel) -> None:
         if parcel.step.step_id in still:
             still.discard(parcel.step.step_id)
             parcel.written.set_result(None)
             return
         await write(link, call, parcel)
 
-    monkeypatch.setattr(_Link, "_write", _write)
+    monkeypatch.setattr(Link, "_write", _write)
     async with swarm(checkpoint, "0:3", "3:6") as (hosts, _, session, _):
         outputs = await through(session, steps)
         assert not still
@@ -234,15 +234,15 @@ async def test_the_edge_is_cut_while_chunks_are_on_their_way(
     checkpoint: Path, whole: SpanModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From some chunk on nothing that the first peer pushes arrives: the client carries it."""
-    steps, write = chunks(), _Link._write
+    steps, write = chunks(), Link._write
 
-    async def _write(link: _Link, call: Any, parcel: _Parcel) -> None:
+    async def _write(link: Link, call: Any, parcel: Parcel) -> None:
         if parcel.step.step_id >= 4:
             parcel.written.set_result(None)
             return
         await write(link, call, parcel)
 
-    monkeypatch.setattr(_Link, "_write", _write)
+    monkeypatch.setattr(Link, "_write", _write)
     async with swarm(checkpoint, "0:3", "3:6") as (hosts, _, session, events):
         outputs = await through(session, steps)
         assert any("go through this client" in event for event in events)

@@ -38,6 +38,7 @@ MODULES = (
     "peer.worker",
     "peer.engine",
     "peer.scheduler",
+    "peer.link",
     "peer.links",
     "peer.budget",
     "protocol.frames",

@@ -22,7 +22,7 @@ from torch import Tensor
 from client.chain import Link
 from client.hop import Hop
 from dht.record import PeerRecord
-from peer import links
+from peer import link
 from peer.delivery import Delivery
 from peer.host import SpanHost
 from peer.links import Links
@@ -536,7 +536,7 @@ async def test_a_swarm_that_never_says_where_the_next_peer_is(
     async def never(peer_id: str, useless: PeerRecord | None) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(links, "RESOLVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(link, "RESOLVE_TIMEOUT_S", 0.1)
     first, _ = await two.chain()
     two.links()._resolve = never
     (one,) = steps(TOKENS)[:1]
@@ -897,7 +897,7 @@ async def test_a_way_that_changes_while_an_output_is_under_way(two: Peers, what:
 
 
 async def test_an_idle_link_ends_and_begins_anew(two: Peers, model: SpanModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "IDLE_S", 0.1)
+    monkeypatch.setattr(link, "IDLE_S", 0.1)
     first, second = await two.chain()
     results = []
     for one in steps(TOKENS)[:2]:
