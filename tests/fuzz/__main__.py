@@ -2,8 +2,9 @@
 
 Minutes are of the processor, which others may want too; those of `surface`, which waits much, are the clock's. Prints a
 table: minutes, of which it had the processor for so many; executions, and how many in a second of these; edges and
-lines that were reached; the peak of memory, and by how much memory grew after the first fifth of the time (what leaks,
-grows on; a corpus grows too). Exit code 1: something was found.
+lines that were reached; the peak of memory, and by how much memory grew after the first fifth of the time; and by how
+much, and over how many inputs, it grew in a process without the fuzzer, whose books grow (`tests.fuzz.growth`; of
+`surface`: in its own process). What leaks, grows there. Exit code 1: something was found.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ LOOK_S = 1.0
 SETTLED = 0.2  # of the time: from then on memory should not grow
 SHARE = 0.1  # of a processor, that a harness gets at least: by then it ends, whatever it had
 OVER_S = 600.0  # beside its time, for imports and the count of lines; then it is ended, and counts as failed
+GROWTH_S = 60.0  # of the processor, to see what a harness keeps
 SHOWN_CHARS = 100_000  # of what a harness said that failed: the first of its lines names its seed
 SURFACE = "surface"
 ALL = (*PURE, SURFACE)
-HEAD = ("target", "min", "CPU min", "executions", "per s", "edges", "lines", "MiB", "grown", "result")
+HEAD = ("target", "min", "CPU min", "executions", "per s", "edges", "lines", "MiB", "grown", "kept", "result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Run:
     lines: tuple[int, int]
     peak: int
     grown: int
+    kept: tuple[int, int]  # inputs, and bytes that grew over them without the fuzzer
     said: str
 
     @property
@@ -63,6 +66,7 @@ class Run:
             f"{ran}/{total} ({ran / max(1, total):.0%})",
             f"{self.peak >> 20}",
             f"{self.grown / 2**20:+.1f}",
+            f"{self.kept[1] / 2**20:+.1f} in {self.kept[0]:,}" if self.kept[0] else "-",
             "ok" if self.code == 0 else f"FAILED ({self.code})",
         )
 
@@ -101,10 +105,13 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
             code = await ended
     took_s, said = time.monotonic() - started_s, log.read_text(errors="replace")
     settled = sizes[int(SETTLED * len(sizes)) :] or [0]
+    kept = (0, 0)
     if name == SURFACE:
         lines = _pair(r"lines: (\d+)/(\d+)", said)
     else:
         lines = await asyncio.to_thread(_lines_of, name, corpus)  # harnesses have event loops of their own
+        if code == 0:
+            code, kept = await _kept(name, corpus)
     return Run(
         name,
         code,
@@ -115,8 +122,23 @@ async def _fuzz(name: str, seconds: int, folder: Path) -> Run:
         lines=lines,
         peak=max(sizes, default=0),
         grown=max(settled[-5:]) - settled[0],
+        kept=kept,
         said=said,
     )
+
+
+async def _kept(name: str, corpus: Path) -> tuple[int, tuple[int, int]]:
+    """Exit code; and how many inputs were tried without the fuzzer, and by how many bytes that grew."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.fuzz.growth", name, str(GROWTH_S), str(corpus), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(GROWTH_S / SHARE + OVER_S):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode or 0, _pair(r"inputs: (\d+) kept: (-?\d+)", said.decode())
 
 
 def _number(pattern: str, text: str) -> int:
