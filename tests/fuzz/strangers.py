@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from dht.record import PeerRecord
+from peer.accounts import MOST_PAUSE_S
 from protocol import potluck_pb2 as pb
 from protocol.channel import open_channel
 from protocol.limits import MESSAGE_BYTES
@@ -23,7 +24,7 @@ from tests.fuzz.nonsense import ill_formed, largest, largest_pushed, noise, push
 
 RAW, TLS, BODIES, SEQUENCES, PUSHES, ASKED = 40, 20, 160, 150, 60, 20
 ATTACKS = RAW + TLS + BODIES + SEQUENCES + PUSHES + ASKED  # of one round
-CALL_S = 10.0
+CALL_S = MOST_PAUSE_S + 20.0  # whoever asks again and again is told "no" late
 LISTEN_S = 0.02
 AT_ONCE = 8
 UNARY = ("/potluck.Peer/Describe", "/potluck.Peer/Ping", "/potluck.Peer/Progress")
