@@ -1,0 +1,513 @@
+"""A relay among strangers, peers and clients: connections, what they say in pieces of any size, their ends, and time.
+
+An input is a little program. Its connections are in memory and its clock is turned by hand, but the relay is the real
+one. Nonces and tokens can be foreseen, so that a right registration and a right call are bred as easily as wrong ones.
+Allowed, of the parsers, which get the same bytes by themselves: what their docstrings say. The relay may raise nothing;
+what else is asked of it is in `Scene.check` and `Scene.check_ended`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+from collections.abc import Iterator
+from functools import lru_cache
+from unittest.mock import patch
+
+from peer.reach import relay
+from peer.reach.hello import CLIENT_HELLO, HANDSHAKE, HOST_NAME, MAX_HELLO_BYTES, SERVER_NAME, server_name
+from peer.reach.relay import Entrance, Relay, RelaySettings
+from peer.reach.switchboard import RelayLimits
+from protocol.errors import BadMessage, BadRecord, WireError
+from protocol.identity import certificate_name
+from protocol.relay_frames import HEAD_BYTES, MAX_BODY_BYTES, NONCE_BYTES, Frame, FrameReader, Kind, proof, proven
+from protocol.splice import LINGER_S, WRITE_BUFFER_BYTES, End, Splice
+from tests.fuzz.source import Source
+from tests.fuzz.target import Target
+from tests.fuzz.wires import READ_BYTES, Clockwork, Wire, settle
+from tests.harness import identity
+
+RELAY, PEERS = 0, (1, 2)  # numbers of identities
+NOBODY = "nobody.example"
+HOSTS = ("192.0.2.1", "192.0.2.2", "198.51.100.1", "203.0.113.1", "2001:db8::1", "2001:db8:0:1::1", "::ffff:192.0.2.3")
+OWN_END = ("127.0.0.1", 1)
+LIMITS = RelayLimits(
+    providers=2,
+    providers_per_block=1,
+    calls=4,
+    calls_per_provider=3,
+    calls_per_block=3,
+    waiting_per_provider=2,
+    strangers=5,
+    strangers_per_block=3,
+    idle_s=20.0,
+    silent_s=12.0,
+)
+MBIT_PER_S = 8.0
+QUIET_S = LIMITS.idle_s + LINGER_S + 2 * 5.0  # and two sweeps: by then a relay has ended all that says nothing
+TIMES_S = (0.01, 0.2, 1.0, 4.9, 5.1, 11.0, 21.0, 60.0)
+LINE_BYTES = 1 << 10  # that wait for a peer that does not read; fewer than there may be else, so that it is reached
+MAX_WIRES = 16
+MAX_SAID = 2 << 20  # bytes of one input's connections together
+MAX_PIECES = 4096  # of one saying
+TURNS = 100_000
+
+NONCE = bytes(range(NONCE_BYTES))
+TO_ANYBODY = {Kind.CHALLENGE, Kind.REFUSED}
+TO_PEERS = {Kind.WELCOME, Kind.PONG, Kind.DIAL}
+"""What the relay says to whoever has shown who it is; a new kind of frame belongs into one of these."""
+
+OPEN, SAY, END, RESET, STALL, TAKE, PASS, DIALS, OWN, EAGER = range(N_OPERATIONS := 10)
+"""What is done next; `AT_ONCE` is added where the loop turns once only before the next thing is done."""
+AT_ONCE = 128
+RAW, PROOF, TOKEN, HELLO, FILL = range(5)
+"""What is said."""
+TAKEN, REFUSED, HANGS = range(3)
+"""What comes of dialling the relay's own port."""
+BY_SILENCE, BY_RESETS, BY_CLOSING = range(3)
+"""How all of it ends."""
+
+_loop = Clockwork()
+
+
+def run(data: bytes) -> None:
+    """Tries the parsers, and then the whole relay."""
+    _parse(data)
+    _loop.run_until_complete(_play(data))
+    escaped, _loop.escaped = _loop.escaped, []
+    if escaped:
+        raise escaped[0]
+    _loop.rewind()
+
+
+def _parse(data: bytes) -> None:
+    for received in (data, bytes([HANDSHAKE]) + data[1:]):
+        try:
+            name = server_name(received)
+        except BadMessage:
+            continue
+        assert name is None or (0 < len(name) <= 255 and name.isascii() and name.isprintable())
+        assert name is not None or len(received) < MAX_HELLO_BYTES
+    reader, number = FrameReader(), 0
+    try:
+        for at in range(0, len(data), 61):
+            reader.feed(data[at : at + 61])
+            for frame in reader.frames():
+                number += len(frame.encode())
+                assert len(frame.body) <= MAX_BODY_BYTES and frame.text.isprintable()
+        assert number + len(reader.rest) == len(data)
+    except BadMessage:
+        pass
+    for frame in (Frame(Kind.PROOF, data), _flawed(data)):
+        try:
+            name = proven(frame, identity(RELAY).peer_id, NONCE)
+        except (BadMessage, BadRecord):
+            continue
+        assert name == identity(PEERS[0]).peer_id
+
+
+def _flawed(data: bytes) -> Frame:
+    """A right proof with the input laid over some of it."""
+    body = proof_of(PEERS[0]).body
+    at = int.from_bytes(data[:2]) % len(body)
+    return Frame(Kind.PROOF, (body[:at] + data[2:] + body[at + len(data[2:]) :])[:MAX_BODY_BYTES])
+
+
+# ---------------------------------------------------------------------------- the program
+
+
+async def _play(data: bytes) -> None:
+    scene = Scene(Source(data))
+    with patch.object(secrets, "token_bytes", scene.foreseen), patch.object(relay, "MIN_BURST_BYTES", LINE_BYTES):
+        await scene.play()
+
+
+class Scene:
+    """One program, and what it has come to."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._ending = source.byte() % 3
+        self.wires: list[Wire] = []
+        self.own_wires: list[Wire] = []  # of these, such as the relay dialled at its own port
+        self.tokens: list[bytes] = []
+        self.is_reachable = True  # has the relay's own peer a port?
+        self.dials = TAKEN
+        self._said = 0
+        settings = RelaySettings(
+            "127.0.0.1", 0, MBIT_PER_S, own=lambda: OWN_END if self.is_reachable else None, limits=LIMITS
+        )
+        self.relay = Relay(identity(RELAY).peer_id, settings)
+
+    def foreseen(self, nbytes: int | None = None) -> bytes:
+        """In the place of `secrets.token_bytes`."""
+        if nbytes == NONCE_BYTES:
+            return NONCE
+        self.tokens.append(len(self.tokens).to_bytes(nbytes or 16))
+        return self.tokens[-1]
+
+    async def play(self) -> None:
+        _loop.dial = self._dialled
+        sweeping = asyncio.ensure_future(self.relay.run())
+        while self._source.left:
+            kind = self._source.byte()
+            await self._do(kind % AT_ONCE % N_OPERATIONS)
+            await settle(TURNS if kind < AT_ONCE else 1)
+            if kind < AT_ONCE:
+                self.check()
+        if self._ending == BY_RESETS:
+            for wire in self.wires:
+                wire.reset()
+        elif self._ending == BY_CLOSING:
+            await self.relay.close()
+        await self._pass(QUIET_S)
+        assert not sweeping.done(), sweeping
+        sweeping.cancel()
+        await settle(TURNS)
+        self.check_ended()
+
+    async def _do(self, operation: int) -> None:
+        source = self._source
+        if operation == OPEN:
+            wire = self._wire(source.pick(HOSTS))
+            if wire is not None:
+                _loop.call_soon(wire.begin, Entrance(self.relay))
+        elif operation == PASS:
+            await self._pass(source.pick(TIMES_S))
+        elif operation == DIALS:
+            self.dials = source.byte() % 3
+        elif operation == OWN:
+            self.is_reachable = not self.is_reachable
+        elif self.wires:
+            wire = source.pick(self.wires)
+            if operation == SAY:
+                self._say(wire)
+            elif operation == EAGER:
+                wire.is_eager = True
+            else:
+                {END: wire.end, RESET: wire.reset, STALL: wire.stall, TAKE: wire.take}[operation]()
+
+    async def _pass(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await settle(TURNS)
+
+    def _wire(self, host: str) -> Wire | None:
+        if len(self.wires) == MAX_WIRES:
+            return None
+        self.wires.append(Wire(_loop, host, len(self.wires)))
+        return self.wires[-1]
+
+    async def _dialled(self, host: str, port: int) -> Wire:
+        assert (host, port) == OWN_END
+        if self.dials == HANGS:
+            await asyncio.sleep(QUIET_S)
+        wire = self._wire(host) if self.dials == TAKEN else None
+        if wire is None:
+            raise ConnectionRefusedError("nobody is there")
+        self.own_wires.append(wire)
+        return wire
+
+    def _say(self, wire: Wire) -> None:
+        source = self._source
+        piece = source.byte() or READ_BYTES
+        data = self._phrase(wire)
+        self._said += len(data)
+        if self._said <= MAX_SAID:
+            wire.say(data, max(piece, len(data) // MAX_PIECES))
+
+    def _phrase(self, wire: Wire) -> bytes:
+        source = self._source
+        kind = source.byte() % 5
+        if kind == RAW:
+            return source.raw(int.from_bytes(source.raw(2), "little"))
+        if kind == FILL:
+            return _noise(wire.number, self._said, (source.byte() + 1) << 12)
+        if kind == PROOF:
+            data = bytearray(proof_of(source.pick((*PEERS, RELAY))).encode())
+        elif kind == TOKEN:
+            frame, told = source.byte(), self._told()
+            token = source.pick(told) if told else bytes(source.raw(1))
+            data = bytearray(bytes([frame]) + len(token).to_bytes(2) + token)
+        else:
+            data = bytearray(hello(name_of(source.byte()), source.byte()))
+        at, flaw = int.from_bytes(source.raw(2), "little"), source.byte()
+        data[at % len(data)] ^= flaw
+        return bytes(data)
+
+    def _told(self) -> list[bytes]:
+        """The tokens that somebody has been told, in their order."""
+        return [frame.body for wire in self.wires for frame in frames_of(wire.sent) if frame.kind is Kind.DIAL]
+
+    # ------------------------------------------------------------------ what must hold
+
+    def check(self) -> None:
+        """While it goes on: no more is held than may be, and what was carried is what came."""
+        board = self.relay.board
+        assert board.providers <= LIMITS.providers and board.calls <= LIMITS.calls
+        assert max(board._calls.values(), default=0) <= LIMITS.calls_per_provider
+        assert max(board._callers.values(), default=0) <= LIMITS.calls_per_block
+        assert max(board._strangers.values(), default=0) <= LIMITS.strangers_per_block
+        assert board._strangers.total() == sum(each._greeted for each in self.relay._entrances) <= LIMITS.strangers
+        assert board._callers.total() == board.calls == len(board._waiting) + self._carried_calls()
+        for entrance in self.relay._entrances:
+            assert len(entrance._received) <= MAX_HELLO_BYTES + READ_BYTES
+            if entrance._frames is not None:
+                assert len(entrance._frames.rest) < HEAD_BYTES + MAX_BODY_BYTES
+        for wire in self.wires:
+            protocol = wire.protocols[-1] if wire.protocols else None
+            if isinstance(protocol, End):
+                assert sum(map(len, protocol._early)) <= MAX_HELLO_BYTES + READ_BYTES
+                assert len(wire.waiting) <= WRITE_BUFFER_BYTES + MAX_HELLO_BYTES + 2 * READ_BYTES
+            else:
+                assert len(wire.waiting) <= LINE_BYTES + HEAD_BYTES + MAX_BODY_BYTES
+        for splice, client, other in self._pairs():
+            if not splice.is_over:
+                assert len(client.sent) + len(client.waiting) == len(_carried(other, other in self.own_wires))
+                assert len(other.sent) + len(other.waiting) == len(client.given)
+
+    def check_ended(self) -> None:
+        """When nobody has said anything for long: all is forgotten, and nobody got what was not for them."""
+        for wire in self.wires:
+            assert wire.is_lost or not wire.protocols, f"connection {wire.number} is still there"
+        for counted in (self.relay.board, self.relay):
+            for name, held in vars(counted).items():
+                if isinstance(held, (dict, set, list)) and name != "refusals":
+                    assert not held, f"{name}: {held}"
+        joined = set()
+        for _, client, other in self._pairs():
+            joined |= {client.number, other.number}
+            is_own = other in self.own_wires
+            self._check_meant(client, other, is_own)
+            for wire, came in ((client, _carried(other, is_own)), (other, bytes(client.given))):
+                assert came.startswith(wire.sent)
+                assert wire.was_cut or len(wire.sent) == len(came), f"connection {wire.number} lacks something"
+        for wire in self.wires:
+            if wire.number not in joined:
+                self._check_alone(wire)
+
+    def _check_meant(self, client: Wire, other: Wire, is_own: bool) -> None:
+        """Those two were to be joined: the one asked for the other, which has shown that it is who it is."""
+        name = server_name(bytes(client.given))
+        if is_own:
+            assert name == certificate_name(self.relay.peer_id)
+            return
+        announced = next(frames_of(other.given))
+        assert announced.kind is Kind.DATA
+        dial = Frame(Kind.DIAL, announced.body)
+        told = [wire for wire in self.wires if dial in frames_of(wire.sent)]
+        assert len(told) == 1 and name in proven_names(told[0])
+
+    def _check_alone(self, wire: Wire) -> None:
+        """It was told no more than it may know."""
+        if not wire.given or wire.given[0] == HANDSHAKE or wire in self.own_wires:
+            assert not wire.sent
+            return
+        heard = list(frames_of(wire.sent))
+        assert wire.was_cut or sum(len(frame.encode()) for frame in heard) == len(wire.sent)
+        kinds = {frame.kind for frame in heard}
+        assert kinds <= TO_ANYBODY | TO_PEERS
+        assert kinds <= TO_ANYBODY or proven_names(wire)
+
+    def _pairs(self) -> Iterator[tuple[Splice, Wire, Wire]]:
+        """What has been joined: the client's connection, and the other."""
+        ends = {wire.protocols[-1]: wire for wire in self.wires if wire.protocols}
+        for end, wire in ends.items():
+            if (
+                isinstance(end, End)
+                and end is end._splice.first
+                and (other := ends.get(end._splice.second)) is not None
+            ):
+                yield end._splice, wire, other
+
+    def _carried_calls(self) -> int:
+        return sum(not splice.is_over and other not in self.own_wires for splice, _, other in self._pairs())
+
+
+def _carried(other: Wire, is_own: bool) -> bytes:
+    """What came in at the peer's connection, for the client."""
+    return bytes(other.given if is_own else other.given[len(Frame(Kind.DATA, bytes(16)).encode()) :])
+
+
+def frames_of(data: bytes | bytearray) -> Iterator[Frame]:
+    """The frames with which it begins."""
+    reader = FrameReader()
+    reader.feed(bytes(data))
+    try:
+        yield from reader.frames()
+    except BadMessage:
+        return
+
+
+def proven_names(wire: Wire) -> set[str]:
+    """Whose certificates' names those are that the far end has proved to be its own."""
+    names = set()
+    for frame in frames_of(wire.given):
+        if frame.kind is Kind.PROOF:
+            try:
+                names.add(certificate_name(proven(frame, identity(RELAY).peer_id, NONCE)))
+            except WireError:
+                continue
+    return names
+
+
+@lru_cache
+def proof_of(number: int) -> Frame:
+    """Made once: a signature takes 1 ms."""
+    return proof(identity(number), identity(RELAY).peer_id, NONCE)
+
+
+def name_of(number: int) -> str:
+    """A name that a client asks for."""
+    names = [*(certificate_name(identity(peer).peer_id) for peer in (*PEERS, RELAY)), NOBODY]
+    return names[number % len(names)]
+
+
+def hello(name: str, spread: int = 0) -> bytes:
+    """A TLS hello as short as can be, always the same. `spread`: over records of so many bytes; 0: in one."""
+
+    def vector(length_bytes: int, body: bytes) -> bytes:
+        return len(body).to_bytes(length_bytes) + body
+
+    names = vector(2, bytes([HOST_NAME]) + vector(2, name.encode()))
+    extensions = vector(2, SERVER_NAME.to_bytes(2) + vector(2, names))
+    body = b"\3\3" + bytes(32) + vector(1, b"") + vector(2, b"\x13\1") + vector(1, b"\0") + extensions
+    message = bytes([CLIENT_HELLO]) + vector(3, body)
+    pieces = range(0, len(message), spread or len(message))
+    return b"".join(b"\x16\3\1" + vector(2, message[at : at + (spread or len(message))]) for at in pieces)
+
+
+@lru_cache
+def _noise_of(number: int) -> bytes:
+    return random.Random(number).randbytes(65521)
+
+
+def _noise(number: int, start: int, nbytes: int) -> bytes:
+    """Bytes that no other connection says, and this one says nowhere else."""
+    noise = _noise_of(number)
+    at = start % len(noise)
+    return (noise * (2 + nbytes // len(noise)))[at : at + nbytes]
+
+
+# ---------------------------------------------------------------------------- right programs
+
+
+def opens(host: int = 0) -> bytes:
+    """One more connection, from that host."""
+    return bytes([OPEN, host])
+
+
+def says(wire: int, phrase: bytes, piece: int = 0) -> bytes:
+    """The far end of that connection says a phrase, of which so many bytes arrive at once; 0: all that can."""
+    return bytes([SAY, wire, piece]) + phrase
+
+
+def raw(*frames: Frame | bytes) -> bytes:
+    """These frames, or bytes."""
+    data = b"".join(each.encode() if isinstance(each, Frame) else each for each in frames)
+    return bytes([RAW]) + len(data).to_bytes(2, "little") + data
+
+
+def proves(peer: int, flaw: int = 0) -> bytes:
+    """The proof of the peer at that place in `PEERS`, in which one byte may be wrong."""
+    return bytes([PROOF, peer]) + b"\x30\1" + bytes([flaw])
+
+
+def told(kind: Kind, number: int) -> bytes:
+    """A frame with a token that somebody was told."""
+    return bytes([TOKEN, kind, number, 0, 0, 0])
+
+
+def asks(name: int, spread: int = 0) -> bytes:
+    """The TLS hello of a client that wants the peer of that name (`name_of`)."""
+    return bytes([HELLO, name, spread, 0, 0, 0])
+
+
+def fills(pages: int) -> bytes:
+    """So many times 4 KiB."""
+    return bytes([FILL, pages - 1])
+
+
+def does(operation: int, *what: int) -> bytes:
+    """An operation with one connection, one choice, or neither."""
+    return bytes([operation, *what])
+
+
+def at_once(step: bytes) -> bytes:
+    """The step, and the next one before all has come of it that may."""
+    return bytes([step[0] + AT_ONCE]) + step[1:]
+
+
+def registers(wire: int, peer: int) -> bytes:
+    """As a peer does."""
+    return says(wire, raw(Frame(Kind.REGISTER))) + says(wire, proves(peer))
+
+
+def comes(client: int, provider: int, token: int = 0) -> bytes:
+    """A client, and the peer that comes for it."""
+    return opens(2) + says(client, asks(0)) + opens() + says(provider, told(Kind.DATA, token))
+
+
+LONG_HELLO = b"\x16\3\1\x40\0\1\0\x20\1"
+WRONG_TOKEN = Frame(Kind.DATA, b"\xff" * 16)
+PASSES = {seconds: does(PASS, at) for at, seconds in enumerate(TIMES_S)}
+
+
+def programs() -> list[bytes]:
+    """What peers and clients do, and what strangers do."""
+    at_home = opens() + registers(0, 0)
+    call = at_home + comes(1, 2)
+    talk = says(1, fills(3)) + says(2, fills(9), 200)
+    own = opens(2) + says(0, asks(2))
+    return [
+        at_home + says(0, raw(Frame(Kind.PING), Frame(Kind.PING))) + PASSES[11.0] + says(0, raw(Frame(Kind.PING)), 1),
+        call + talk + does(END, 1) + says(2, fills(1)) + does(END, 2),
+        call + talk + does(RESET, 2) + says(1, fills(1)),
+        call + does(STALL, 1) + says(2, fills(256)) + says(2, fills(100)) + PASSES[1.0] + does(TAKE, 1) + PASSES[4.9],
+        call + does(STALL, 1) + says(2, fills(100)) + does(END, 2) + does(END, 1) + PASSES[1.0] + does(TAKE, 1),
+        at_home + opens(2) + at_once(says(1, asks(0), 7)) + says(1, fills(30)) + opens() + says(2, told(Kind.DATA, 0)),
+        at_home + opens(2) + does(EAGER, 1) + says(1, asks(0)) + says(1, fills(64)) + says(1, fills(64)),
+        at_home + opens(2) + says(1, asks(0)) + PASSES[5.1] + opens() + says(2, told(Kind.DATA, 0)),
+        at_home + opens(2) + says(1, asks(0)) + opens() + at_once(does(RESET, 1)) + says(2, told(Kind.DATA, 0)),
+        at_home + opens(2) + says(1, asks(1)) + opens(3) + says(2, asks(3)),
+        at_home + opens(3) + registers(1, 0) + opens(5) + registers(2, 1) + opens() + registers(3, 2),
+        call + comes(3, 4, 1) + comes(5, 6, 2) + comes(7, 8, 3) + says(3, fills(1)) + says(4, fills(1)),
+        at_home + b"".join(opens(number) + says(number, asks(0)) for number in range(1, 6)),
+        own + does(OWN) + says(0, fills(2)) + says(1, fills(20)) + does(END, 1) + does(END, 0),
+        does(DIALS, REFUSED) + own,
+        does(DIALS, HANGS) + own + opens(1) + says(1, asks(2)) + does(RESET, 0) + PASSES[4.9],
+        opens(2) + at_once(says(0, asks(2))) + does(RESET, 0) + PASSES[1.0],
+        opens(2) + at_once(says(0, asks(2))) + at_once(says(1, fills(1))) + PASSES[1.0],
+        b"".join(opens(number % 2) for number in range(8)) + says(0, raw(b"GET / HTTP/1.0\r\n\r\n")) + PASSES[5.1],
+        opens() + says(0, asks(0, spread=1), 1) + opens(3) + says(1, asks(0, spread=100)) + PASSES[4.9],
+        opens() + says(0, raw(LONG_HELLO)) + opens(2) + says(1, raw(LONG_HELLO[:-1])) + says(1, fills(2)),
+        opens() + says(0, raw(Frame(Kind.REGISTER))) + says(0, proves(0, flaw=1)),
+        opens() + says(0, proves(0)) + opens() + says(1, raw(WRONG_TOKEN, b"more")) + PASSES[0.2],
+        opens() + says(0, raw(Frame(Kind.REGISTER), Frame(Kind.REGISTER), WRONG_TOKEN)),
+        at_home + does(STALL, 0) + b"".join(says(0, raw(*[Frame(Kind.PING)] * 150)) for _ in range(3)) + does(END, 0),
+        at_home + says(0, raw(Frame(Kind.DIAL, bytes(16)), Frame(Kind.WELCOME, b"192.0.2.1"))),
+    ]
+
+
+def seeds() -> list[bytes]:
+    """Each program, ended in one of three ways; and a hello and frames for the parsers alone."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what it would log is raised here
+    ended = [bytes([number % 3]) + program for number, program in enumerate(programs())]
+    frames = [Frame(Kind.REGISTER), Frame(Kind.WELCOME, b"192.0.2.1"), Frame(Kind.DIAL, bytes(16))]
+    return [*ended, hello(NOBODY), hello(NOBODY, 9), b"".join(frame.encode() for frame in frames)]
+
+
+TARGET = Target(
+    "relay",
+    run,
+    seeds,
+    modules=(
+        "peer.reach.relay",
+        "peer.reach.switchboard",
+        "peer.reach.hello",
+        "protocol.relay_frames",
+        "protocol.splice",
+    ),
+    short=800,
+)
