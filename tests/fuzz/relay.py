@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 from collections.abc import Iterator
 from functools import lru_cache
@@ -24,9 +23,31 @@ from protocol.errors import BadMessage, BadRecord, WireError
 from protocol.identity import certificate_name
 from protocol.relay_frames import HEAD_BYTES, MAX_BODY_BYTES, NONCE_BYTES, Frame, FrameReader, Kind, proof, proven
 from protocol.splice import LINGER_S, WRITE_BUFFER_BYTES, End, Splice
+from tests.fuzz.programs import (
+    DIALS,
+    EAGER,
+    END,
+    HANGS,
+    HELLO,
+    OWN,
+    PROOF,
+    REFUSED,
+    RESET,
+    STALL,
+    TAKE,
+    TOKEN,
+    Play,
+    at_once,
+    does,
+    fills,
+    opens,
+    passes,
+    raw,
+    says,
+)
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target
-from tests.fuzz.wires import READ_BYTES, Clockwork, Wire, settle
+from tests.fuzz.wires import READ_BYTES, Clockwork, Wire
 from tests.harness import identity
 
 RELAY, PEERS = 0, (1, 2)  # numbers of identities
@@ -47,25 +68,13 @@ LIMITS = RelayLimits(
 )
 MBIT_PER_S = 8.0
 QUIET_S = LIMITS.idle_s + LINGER_S + 2 * 5.0  # and two sweeps: by then a relay has ended all that says nothing
-TIMES_S = (0.01, 0.2, 1.0, 4.9, 5.1, 11.0, 21.0, 60.0)
 LINE_BYTES = 1 << 10  # that wait for a peer that does not read; fewer than there may be else, so that it is reached
-MAX_WIRES = 16
-MAX_SAID = 2 << 20  # bytes of one input's connections together
-MAX_PIECES = 4096  # of one saying
-TURNS = 100_000
 
 NONCE = bytes(range(NONCE_BYTES))
 TO_ANYBODY = {Kind.CHALLENGE, Kind.REFUSED}
 TO_PEERS = {Kind.WELCOME, Kind.PONG, Kind.DIAL}
 """What the relay says to whoever has shown who it is; a new kind of frame belongs into one of these."""
 
-OPEN, SAY, END, RESET, STALL, TAKE, PASS, DIALS, OWN, EAGER = range(N_OPERATIONS := 10)
-"""What is done next; `AT_ONCE` is added where the loop turns once only before the next thing is done."""
-AT_ONCE = 128
-RAW, PROOF, TOKEN, HELLO, FILL = range(5)
-"""What is said."""
-TAKEN, REFUSED, HANGS = range(3)
-"""What comes of dialling the relay's own port."""
 BY_SILENCE, BY_RESETS, BY_CLOSING = range(3)
 """How all of it ends."""
 
@@ -124,20 +133,16 @@ async def _play(data: bytes) -> None:
         await scene.play()
 
 
-class Scene:
-    """One program, and what it has come to."""
+class Scene(Play):
+    """A relay, and those who come."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
         self._ending = source.byte() % 3
-        self.wires: list[Wire] = []
-        self.own_wires: list[Wire] = []  # of these, such as the relay dialled at its own port
-        self.tokens: list[bytes] = []
-        self.is_reachable = True  # has the relay's own peer a port?
-        self.dials = TAKEN
-        self._said = 0
+        super().__init__(_loop, source)
+        self.own_wires: list[Wire] = []  # of the connections, such as the relay dialled at its own peer's port
+        self._tokens = 0
         settings = RelaySettings(
-            "127.0.0.1", 0, MBIT_PER_S, own=lambda: OWN_END if self.is_reachable else None, limits=LIMITS
+            "127.0.0.1", 0, MBIT_PER_S, own=lambda: OWN_END if self.is_open else None, limits=LIMITS
         )
         self.relay = Relay(identity(RELAY).peer_id, settings)
 
@@ -145,90 +150,42 @@ class Scene:
         """In the place of `secrets.token_bytes`."""
         if nbytes == NONCE_BYTES:
             return NONCE
-        self.tokens.append(len(self.tokens).to_bytes(nbytes or 16))
-        return self.tokens[-1]
+        self._tokens += 1
+        return self._tokens.to_bytes(nbytes or 16)
 
     async def play(self) -> None:
-        _loop.dial = self._dialled
+        """All of it, to its end."""
         sweeping = asyncio.ensure_future(self.relay.run())
-        while self._source.left:
-            kind = self._source.byte()
-            await self._do(kind % AT_ONCE % N_OPERATIONS)
-            await settle(TURNS if kind < AT_ONCE else 1)
-            if kind < AT_ONCE:
-                self.check()
+        await self.perform()
         if self._ending == BY_RESETS:
             for wire in self.wires:
                 wire.reset()
         elif self._ending == BY_CLOSING:
             await self.relay.close()
-        await self._pass(QUIET_S)
+        await self.passes(QUIET_S)
         assert not sweeping.done(), sweeping
         sweeping.cancel()
-        await settle(TURNS)
+        await self.passes(0.0)
         self.check_ended()
 
-    async def _do(self, operation: int) -> None:
-        source = self._source
-        if operation == OPEN:
-            wire = self._wire(source.pick(HOSTS))
-            if wire is not None:
-                _loop.call_soon(wire.begin, Entrance(self.relay))
-        elif operation == PASS:
-            await self._pass(source.pick(TIMES_S))
-        elif operation == DIALS:
-            self.dials = source.byte() % 3
-        elif operation == OWN:
-            self.is_reachable = not self.is_reachable
-        elif self.wires:
-            wire = source.pick(self.wires)
-            if operation == SAY:
-                self._say(wire)
-            elif operation == EAGER:
-                wire.is_eager = True
-            else:
-                {END: wire.end, RESET: wire.reset, STALL: wire.stall, TAKE: wire.take}[operation]()
+    def opened(self, choice: int) -> None:
+        wire = self.wire(HOSTS[choice % len(HOSTS)])
+        if wire is not None:
+            self.loop.call_soon(wire.begin, Entrance(self.relay))
 
-    async def _pass(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        await settle(TURNS)
-
-    def _wire(self, host: str) -> Wire | None:
-        if len(self.wires) == MAX_WIRES:
-            return None
-        self.wires.append(Wire(_loop, host, len(self.wires)))
-        return self.wires[-1]
-
-    async def _dialled(self, host: str, port: int) -> Wire:
+    async def dialled(self, host: str, port: int) -> Wire:
         assert (host, port) == OWN_END
-        if self.dials == HANGS:
-            await asyncio.sleep(QUIET_S)
-        wire = self._wire(host) if self.dials == TAKEN else None
-        if wire is None:
-            raise ConnectionRefusedError("nobody is there")
+        wire = await super().dialled(host, port)
         self.own_wires.append(wire)
         return wire
 
-    def _say(self, wire: Wire) -> None:
-        source = self._source
-        piece = source.byte() or READ_BYTES
-        data = self._phrase(wire)
-        self._said += len(data)
-        if self._said <= MAX_SAID:
-            wire.say(data, max(piece, len(data) // MAX_PIECES))
-
-    def _phrase(self, wire: Wire) -> bytes:
-        source = self._source
-        kind = source.byte() % 5
-        if kind == RAW:
-            return source.raw(int.from_bytes(source.raw(2), "little"))
-        if kind == FILL:
-            return _noise(wire.number, self._said, (source.byte() + 1) << 12)
+    def phrase(self, kind: int) -> bytes:
+        source = self.source
         if kind == PROOF:
             data = bytearray(proof_of(source.pick((*PEERS, RELAY))).encode())
         elif kind == TOKEN:
-            frame, told = source.byte(), self._told()
-            token = source.pick(told) if told else bytes(source.raw(1))
+            frame, known = source.byte(), self._known_tokens()
+            token = source.pick(known) if known else source.raw(1)
             data = bytearray(bytes([frame]) + len(token).to_bytes(2) + token)
         else:
             data = bytearray(hello(name_of(source.byte()), source.byte()))
@@ -236,9 +193,13 @@ class Scene:
         data[at % len(data)] ^= flaw
         return bytes(data)
 
-    def _told(self) -> list[bytes]:
-        """The tokens that somebody has been told, in their order."""
-        return [frame.body for wire in self.wires for frame in frames_of(wire.sent) if frame.kind is Kind.DIAL]
+    def _known_tokens(self) -> list[bytes]:
+        """Those that somebody has been told, in their order."""
+        return [frame.body for wire in self._lines() for frame in frames_of(wire.sent) if frame.kind is Kind.DIAL]
+
+    def _lines(self) -> list[Wire]:
+        """The connections to which the relay itself has spoken."""
+        return [wire for wire in self.wires if not any(isinstance(protocol, End) for protocol in wire.protocols)]
 
     # ------------------------------------------------------------------ what must hold
 
@@ -296,7 +257,7 @@ class Scene:
         announced = next(frames_of(other.given))
         assert announced.kind is Kind.DATA
         dial = Frame(Kind.DIAL, announced.body)
-        told = [wire for wire in self.wires if dial in frames_of(wire.sent)]
+        told = [wire for wire in self._lines() if dial in frames_of(wire.sent)]
         assert len(told) == 1 and name in proven_names(told[0])
 
     def _check_alone(self, wire: Wire) -> None:
@@ -378,35 +339,7 @@ def hello(name: str, spread: int = 0) -> bytes:
     return b"".join(b"\x16\3\1" + vector(2, message[at : at + (spread or len(message))]) for at in pieces)
 
 
-@lru_cache
-def _noise_of(number: int) -> bytes:
-    return random.Random(number).randbytes(65521)
-
-
-def _noise(number: int, start: int, nbytes: int) -> bytes:
-    """Bytes that no other connection says, and this one says nowhere else."""
-    noise = _noise_of(number)
-    at = start % len(noise)
-    return (noise * (2 + nbytes // len(noise)))[at : at + nbytes]
-
-
 # ---------------------------------------------------------------------------- right programs
-
-
-def opens(host: int = 0) -> bytes:
-    """One more connection, from that host."""
-    return bytes([OPEN, host])
-
-
-def says(wire: int, phrase: bytes, piece: int = 0) -> bytes:
-    """The far end of that connection says a phrase, of which so many bytes arrive at once; 0: all that can."""
-    return bytes([SAY, wire, piece]) + phrase
-
-
-def raw(*frames: Frame | bytes) -> bytes:
-    """These frames, or bytes."""
-    data = b"".join(each.encode() if isinstance(each, Frame) else each for each in frames)
-    return bytes([RAW]) + len(data).to_bytes(2, "little") + data
 
 
 def proves(peer: int, flaw: int = 0) -> bytes:
@@ -424,21 +357,6 @@ def asks(name: int, spread: int = 0) -> bytes:
     return bytes([HELLO, name, spread, 0, 0, 0])
 
 
-def fills(pages: int) -> bytes:
-    """So many times 4 KiB."""
-    return bytes([FILL, pages - 1])
-
-
-def does(operation: int, *what: int) -> bytes:
-    """An operation with one connection, one choice, or neither."""
-    return bytes([operation, *what])
-
-
-def at_once(step: bytes) -> bytes:
-    """The step, and the next one before all has come of it that may."""
-    return bytes([step[0] + AT_ONCE]) + step[1:]
-
-
 def registers(wire: int, peer: int) -> bytes:
     """As a peer does."""
     return says(wire, raw(Frame(Kind.REGISTER))) + says(wire, proves(peer))
@@ -451,7 +369,6 @@ def comes(client: int, provider: int, token: int = 0) -> bytes:
 
 LONG_HELLO = b"\x16\3\1\x40\0\1\0\x20\1"
 WRONG_TOKEN = Frame(Kind.DATA, b"\xff" * 16)
-PASSES = {seconds: does(PASS, at) for at, seconds in enumerate(TIMES_S)}
 
 
 def programs() -> list[bytes]:
@@ -461,14 +378,14 @@ def programs() -> list[bytes]:
     talk = says(1, fills(3)) + says(2, fills(9), 200)
     own = opens(2) + says(0, asks(2))
     return [
-        at_home + says(0, raw(Frame(Kind.PING), Frame(Kind.PING))) + PASSES[11.0] + says(0, raw(Frame(Kind.PING)), 1),
+        at_home + says(0, raw(Frame(Kind.PING), Frame(Kind.PING))) + passes(11.0) + says(0, raw(Frame(Kind.PING)), 1),
         call + talk + does(END, 1) + says(2, fills(1)) + does(END, 2),
         call + talk + does(RESET, 2) + says(1, fills(1)),
-        call + does(STALL, 1) + says(2, fills(256)) + says(2, fills(100)) + PASSES[1.0] + does(TAKE, 1) + PASSES[4.9],
-        call + does(STALL, 1) + says(2, fills(100)) + does(END, 2) + does(END, 1) + PASSES[1.0] + does(TAKE, 1),
+        call + does(STALL, 1) + says(2, fills(256)) + says(2, fills(100)) + passes(1.0) + does(TAKE, 1) + passes(4.9),
+        call + does(STALL, 1) + says(2, fills(100)) + does(END, 2) + does(END, 1) + passes(1.0) + does(TAKE, 1),
         at_home + opens(2) + at_once(says(1, asks(0), 7)) + says(1, fills(30)) + opens() + says(2, told(Kind.DATA, 0)),
         at_home + opens(2) + does(EAGER, 1) + says(1, asks(0)) + says(1, fills(64)) + says(1, fills(64)),
-        at_home + opens(2) + says(1, asks(0)) + PASSES[5.1] + opens() + says(2, told(Kind.DATA, 0)),
+        at_home + opens(2) + says(1, asks(0)) + passes(5.1) + opens() + says(2, told(Kind.DATA, 0)),
         at_home + opens(2) + says(1, asks(0)) + opens() + at_once(does(RESET, 1)) + says(2, told(Kind.DATA, 0)),
         at_home + opens(2) + says(1, asks(1)) + opens(3) + says(2, asks(3)),
         at_home + opens(3) + registers(1, 0) + opens(5) + registers(2, 1) + opens() + registers(3, 2),
@@ -476,14 +393,14 @@ def programs() -> list[bytes]:
         at_home + b"".join(opens(number) + says(number, asks(0)) for number in range(1, 6)),
         own + does(OWN) + says(0, fills(2)) + says(1, fills(20)) + does(END, 1) + does(END, 0),
         does(DIALS, REFUSED) + own,
-        does(DIALS, HANGS) + own + opens(1) + says(1, asks(2)) + does(RESET, 0) + PASSES[4.9],
-        opens(2) + at_once(says(0, asks(2))) + does(RESET, 0) + PASSES[1.0],
-        opens(2) + at_once(says(0, asks(2))) + at_once(says(1, fills(1))) + PASSES[1.0],
-        b"".join(opens(number % 2) for number in range(8)) + says(0, raw(b"GET / HTTP/1.0\r\n\r\n")) + PASSES[5.1],
-        opens() + says(0, asks(0, spread=1), 1) + opens(3) + says(1, asks(0, spread=100)) + PASSES[4.9],
+        does(DIALS, HANGS) + own + opens(1) + says(1, asks(2)) + does(RESET, 0) + passes(4.9),
+        opens(2) + at_once(says(0, asks(2))) + does(RESET, 0) + passes(1.0),
+        opens(2) + at_once(says(0, asks(2))) + at_once(says(1, fills(1))) + passes(1.0),
+        b"".join(opens(number % 2) for number in range(8)) + says(0, raw(b"GET / HTTP/1.0\r\n\r\n")) + passes(5.1),
+        opens() + says(0, asks(0, spread=1), 1) + opens(3) + says(1, asks(0, spread=100)) + passes(4.9),
         opens() + says(0, raw(LONG_HELLO)) + opens(2) + says(1, raw(LONG_HELLO[:-1])) + says(1, fills(2)),
         opens() + says(0, raw(Frame(Kind.REGISTER))) + says(0, proves(0, flaw=1)),
-        opens() + says(0, proves(0)) + opens() + says(1, raw(WRONG_TOKEN, b"more")) + PASSES[0.2],
+        opens() + says(0, proves(0)) + opens() + says(1, raw(WRONG_TOKEN, b"more")) + passes(0.2),
         opens() + says(0, raw(Frame(Kind.REGISTER), Frame(Kind.REGISTER), WRONG_TOKEN)),
         at_home + does(STALL, 0) + b"".join(says(0, raw(*[Frame(Kind.PING)] * 150)) for _ in range(3)) + does(END, 0),
         at_home + says(0, raw(Frame(Kind.DIAL, bytes(16)), Frame(Kind.WELCOME, b"192.0.2.1"))),

@@ -78,6 +78,7 @@ class Wire(asyncio.Transport):
     Args:
         host: the far end's address.
         number: of this wire, which is its port.
+        is_gone: the far end was gone before anybody could ask where it is.
 
     Attributes:
         given: all bytes that the protocol has been given; `sent`: all that have arrived at the far end.
@@ -87,8 +88,8 @@ class Wire(asyncio.Transport):
         protocols: all that have had this transport, in order.
     """
 
-    def __init__(self, loop: Clockwork, host: str, number: int) -> None:
-        super().__init__({"peername": (host, number), "sockname": ("127.0.0.1", number)})
+    def __init__(self, loop: Clockwork, host: str, number: int, *, is_gone: bool = False) -> None:
+        super().__init__({"peername": None if is_gone else (host, number), "sockname": ("127.0.0.1", number)})
         self.number = number
         self.given = bytearray()
         self.sent = bytearray()
@@ -98,7 +99,7 @@ class Wire(asyncio.Transport):
         self.protocols: list[asyncio.Protocol] = []
         self._loop = loop
         self._incoming: deque[bytes] = deque()
-        self._ends = self._is_reset = False
+        self._ends, self._is_reset = False, is_gone
         self._is_stalled = False
         self._is_reading = True
         self._spare = 0
