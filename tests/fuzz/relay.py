@@ -16,7 +16,7 @@ from functools import lru_cache
 from unittest.mock import patch
 
 from peer.reach import relay
-from peer.reach.hello import CLIENT_HELLO, HANDSHAKE, HOST_NAME, MAX_HELLO_BYTES, SERVER_NAME, server_name
+from peer.reach.hello import CLIENT_HELLO, HANDSHAKE, HOST_NAME, MAX_HELLO_BYTES, SERVER_NAME, HelloReader, server_name
 from peer.reach.relay import Entrance, Relay, RelaySettings
 from peer.reach.switchboard import RelayLimits
 from protocol.errors import BadMessage, BadRecord, WireError
@@ -93,12 +93,10 @@ def run(data: bytes) -> None:
 
 def _parse(data: bytes) -> None:
     for received in (data, bytes([HANDSHAKE]) + data[1:]):
-        try:
-            name = server_name(received)
-        except BadMessage:
-            continue
-        assert name is None or (0 < len(name) <= 255 and name.isascii() and name.isprintable())
+        name = _named(received, len(received))
+        assert name is None or (len(name) <= 255 and name.isascii() and name.isprintable())
         assert name is not None or len(received) < MAX_HELLO_BYTES
+        assert name == _named(received, 1 + len(received) // 16), "it depends on how it arrives"
     reader, number = FrameReader(), 0
     try:
         for at in range(0, len(data), 61):
@@ -115,6 +113,20 @@ def _parse(data: bytes) -> None:
         except (BadMessage, BadRecord):
             continue
         assert name == identity(PEERS[0]).peer_id
+
+
+def _named(received: bytes, piece: int) -> str | None:
+    """The name in what arrives in such pieces; an empty one: it is refused."""
+    reader = HelloReader()
+    try:
+        for arrived in range(0, len(received), max(1, piece)):
+            name = reader.name(received[: arrived + max(1, piece)])
+            if name is not None:
+                assert name
+                return name
+    except BadMessage:
+        return ""
+    return None
 
 
 def _flawed(data: bytes) -> Frame:
@@ -211,7 +223,7 @@ class Scene(Play):
         assert max(board._callers.values(), default=0) <= LIMITS.calls_per_block
         assert max(board._strangers.values(), default=0) <= LIMITS.strangers_per_block
         assert board._strangers.total() == sum(each._greeted for each in self.relay._entrances) <= LIMITS.strangers
-        assert board._callers.total() == board.calls == len(board._waiting) + self._carried_calls()
+        assert board._callers.total() == board.calls == len(board._waiting) + len(self.relay._splices)
         for entrance in self.relay._entrances:
             assert len(entrance._received) <= MAX_HELLO_BYTES + READ_BYTES
             if entrance._frames is not None:
@@ -281,9 +293,6 @@ class Scene(Play):
                 and (other := ends.get(end._splice.second)) is not None
             ):
                 yield end._splice, wire, other
-
-    def _carried_calls(self) -> int:
-        return sum(not splice.is_over and other not in self.own_wires for splice, _, other in self._pairs())
 
 
 def _carried(other: Wire, is_own: bool) -> bytes:
