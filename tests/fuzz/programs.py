@@ -22,7 +22,7 @@ TURNS = 100_000
 SAY, END, RESET, STALL, TAKE, EAGER, PASS, DIALS, OWN, OPEN = range(N_OPERATIONS := 10)
 """What is done next; `AT_ONCE` is added where the loop turns once only before the next thing is done."""
 AT_ONCE = 128
-RAW, FILL, PROOF, TOKEN, HELLO = range(N_PHRASES := 5)
+RAW, FILL, PROOF, TOKEN, HELLO, SEEK, HERE = range(N_PHRASES := 7)
 """What is said; those after `FILL` are a harness's own."""
 TAKEN, REFUSED, HANGS, GONE = range(N_DIALS := 4)
 """What comes of dialling."""

@@ -20,8 +20,24 @@ from peer.reach.hello import CLIENT_HELLO, HANDSHAKE, HOST_NAME, MAX_HELLO_BYTES
 from peer.reach.relay import Entrance, Relay, RelaySettings
 from peer.reach.switchboard import RelayLimits
 from protocol.errors import BadMessage, BadRecord, WireError
+from protocol.hosts import ip
 from protocol.identity import certificate_name
-from protocol.relay_frames import HEAD_BYTES, MAX_BODY_BYTES, NONCE_BYTES, Frame, FrameReader, Kind, proof, proven
+from protocol.relay_frames import (
+    HEAD_BYTES,
+    MAX_BODY_BYTES,
+    NONCE_BYTES,
+    Frame,
+    FrameReader,
+    Kind,
+    came,
+    here,
+    meet,
+    met,
+    proof,
+    proven,
+    seek,
+    sought,
+)
 from protocol.splice import LINGER_S, WRITE_BUFFER_BYTES, End, Splice
 from tests.fuzz.programs import (
     DIALS,
@@ -29,10 +45,12 @@ from tests.fuzz.programs import (
     END,
     HANGS,
     HELLO,
+    HERE,
     OWN,
     PROOF,
     REFUSED,
     RESET,
+    SEEK,
     STALL,
     TAKE,
     TOKEN,
@@ -47,13 +65,15 @@ from tests.fuzz.programs import (
 )
 from tests.fuzz.source import Source
 from tests.fuzz.target import Target
-from tests.fuzz.wires import READ_BYTES, Clockwork, Wire
+from tests.fuzz.wires import FIRST_PORT, READ_BYTES, Clockwork, Wire
 from tests.harness import identity
 
 RELAY, PEERS = 0, (1, 2)  # numbers of identities
 NOBODY = "nobody.example"
 HOSTS = ("192.0.2.1", "192.0.2.2", "198.51.100.1", "203.0.113.1", "2001:db8::1", "2001:db8:0:1::1", "::ffff:192.0.2.3")
 OWN_END = ("127.0.0.1", 1)
+SAID_ENDS = (("10.0.0.1", 5000), ("192.0.2.1", FIRST_PORT), ("2001:db8::7", 443))
+"""Where those that come to a meeting say that they are."""
 LIMITS = RelayLimits(
     providers=2,
     providers_per_block=1,
@@ -72,8 +92,10 @@ LINE_BYTES = 1 << 10  # that wait for a peer that does not read; fewer than ther
 
 NONCE = bytes(range(NONCE_BYTES))
 TO_ANYBODY = {Kind.CHALLENGE, Kind.REFUSED}
-TO_PEERS = {Kind.WELCOME, Kind.PONG, Kind.DIAL}
-"""What the relay says to whoever has shown who it is; a new kind of frame belongs into one of these."""
+TO_PEERS = {Kind.WELCOME, Kind.PONG, Kind.DIAL, Kind.SOUGHT}
+"""What the relay says to whoever has shown who it is."""
+TO_THOSE_WHO_MEET = {Kind.MEET, Kind.REFUSED}
+"""A new kind of frame belongs into one of these."""
 
 BY_SILENCE, BY_RESETS, BY_CLOSING = range(3)
 """How all of it ends."""
@@ -107,12 +129,31 @@ def _parse(data: bytes) -> None:
         assert number + len(reader.rest) == len(data)
     except BadMessage:
         pass
+    try:
+        name, end = sought(Frame(Kind.SEEK, data))
+        assert sought(seek(name, end)) == (name, end) and _is_end(end)
+    except BadMessage:
+        pass
+    try:
+        token, end = came(Frame(Kind.HERE, data))
+        assert came(here(token, end)) == (token, end) and _is_end(end)
+    except BadMessage:
+        pass
+    try:
+        own, others = met(Frame(Kind.MEET, data))
+        assert met(meet(own, others)) == (own, others) and all(map(_is_end, (own, *others)))
+    except BadMessage:
+        pass
     for frame in (Frame(Kind.PROOF, data), _flawed(data)):
         try:
             name = proven(frame, identity(RELAY).peer_id, NONCE)
         except (BadMessage, BadRecord):
             continue
         assert name == identity(PEERS[0]).peer_id
+
+
+def _is_end(end: tuple[str, int]) -> bool:
+    return ip(end[0]) is not None and 1 <= end[1] <= 65535
 
 
 def _named(received: bytes, piece: int) -> str | None:
@@ -199,6 +240,12 @@ class Scene(Play):
             frame, known = source.byte(), self._known_tokens()
             token = source.pick(known) if known else source.raw(1)
             data = bytearray(bytes([frame]) + len(token).to_bytes(2) + token)
+        elif kind == SEEK:
+            data = bytearray(seek(name_of(source.byte()), SAID_ENDS[source.byte() % len(SAID_ENDS)]).encode())
+        elif kind == HERE:
+            known, number = self._known_tokens(), source.byte()
+            token = known[number % len(known)] if known else bytes(16)
+            data = bytearray(here(token, SAID_ENDS[source.byte() % len(SAID_ENDS)]).encode())
         else:
             data = bytearray(hello(name_of(source.byte()), source.byte()))
         at, flaw = int.from_bytes(source.raw(2), "little"), source.byte()
@@ -207,7 +254,8 @@ class Scene(Play):
 
     def _known_tokens(self) -> list[bytes]:
         """Those that somebody has been told, in their order."""
-        return [frame.body for wire in self._lines() for frame in frames_of(wire.sent) if frame.kind is Kind.DIAL]
+        said = [frame for wire in self._lines() for frame in frames_of(wire.sent)]
+        return [frame.body for frame in said if frame.kind in (Kind.DIAL, Kind.SOUGHT)]
 
     def _lines(self) -> list[Wire]:
         """The connections to which the relay itself has spoken."""
@@ -223,11 +271,13 @@ class Scene(Play):
         assert max(board._callers.values(), default=0) <= LIMITS.calls_per_block
         assert max(board._strangers.values(), default=0) <= LIMITS.strangers_per_block
         assert board._strangers.total() == sum(each._greeted for each in self.relay._entrances) <= LIMITS.strangers
-        assert board._callers.total() == board.calls == len(board._waiting) + len(self.relay._splices)
+        met_here = sum(each._meeting is not None for each in self.relay._entrances)
+        assert board._callers.total() == board.calls == len(board._waiting) + len(self.relay._splices) + met_here
         for entrance in self.relay._entrances:
             assert len(entrance._received) <= MAX_HELLO_BYTES + READ_BYTES
             if entrance._frames is not None:
-                assert len(entrance._frames.rest) < HEAD_BYTES + MAX_BODY_BYTES
+                most = HEAD_BYTES + MAX_BODY_BYTES if entrance._own is None else READ_BYTES
+                assert len(entrance._frames.rest) < most
         for wire in self.wires:
             protocol = wire.protocols[-1] if wire.protocols else None
             if isinstance(protocol, End):
@@ -253,9 +303,9 @@ class Scene(Play):
             joined |= {client.number, other.number}
             is_own = other in self.own_wires
             self._check_meant(client, other, is_own)
-            for wire, came in ((client, _carried(other, is_own)), (other, bytes(client.given))):
-                assert came.startswith(wire.sent)
-                assert wire.was_cut or len(wire.sent) == len(came), f"connection {wire.number} lacks something"
+            for wire, meant in ((client, _carried(other, is_own)), (other, bytes(client.given))):
+                assert meant.startswith(wire.sent)
+                assert wire.was_cut or len(wire.sent) == len(meant), f"connection {wire.number} lacks something"
         for wire in self.wires:
             if wire.number not in joined:
                 self._check_alone(wire)
@@ -268,9 +318,12 @@ class Scene(Play):
             return
         announced = next(frames_of(other.given))
         assert announced.kind is Kind.DATA
-        dial = Frame(Kind.DIAL, announced.body)
-        told = [wire for wire in self._lines() if dial in frames_of(wire.sent)]
-        assert len(told) == 1 and name in proven_names(told[0])
+        assert name in self._told(Frame(Kind.DIAL, announced.body))
+
+    def _told(self, frame: Frame) -> set[str]:
+        """Who those are that have been told this: one connection, which has proved that."""
+        (told,) = [wire for wire in self._lines() if frame in frames_of(wire.sent)]
+        return proven_names(told)
 
     def _check_alone(self, wire: Wire) -> None:
         """It was told no more than it may know."""
@@ -280,8 +333,28 @@ class Scene(Play):
         heard = list(frames_of(wire.sent))
         assert wire.was_cut or sum(len(frame.encode()) for frame in heard) == len(wire.sent)
         kinds = {frame.kind for frame in heard}
+        first = next(frames_of(wire.given), None)
+        if first is not None and first.kind in (Kind.SEEK, Kind.HERE):
+            assert kinds <= TO_THOSE_WHO_MEET and len(heard) <= 1
+            for frame in heard:
+                if frame.kind is Kind.MEET:
+                    self._check_met(wire, first, frame)
+            return
         assert kinds <= TO_ANYBODY | TO_PEERS
         assert kinds <= TO_ANYBODY or proven_names(wire)
+
+    def _check_met(self, wire: Wire, first: Frame, told: Frame) -> None:
+        """It learned where it is seen itself, and the other one: whom it sought, or who sought it."""
+        own, others = met(told)
+        assert own == _seen(wire)
+        other = self.wires[others[0][1] - FIRST_PORT]
+        assert others[0] == _seen(other)
+        second = next(frames_of(other.given))
+        asked, come = (first, second) if first.kind is Kind.SEEK else (second, first)
+        (name, client_says), (token, peer_says) = sought(asked), came(come)
+        assert name in self._told(Frame(Kind.SOUGHT, token))
+        said = peer_says if first is asked else client_says
+        assert others[1:] == ((said,) if _seen(wire)[0] == _seen(other)[0] else ())
 
     def _pairs(self) -> Iterator[tuple[Splice, Wire, Wire]]:
         """What has been joined: the client's connection, and the other."""
@@ -298,6 +371,12 @@ class Scene(Play):
 def _carried(other: Wire, is_own: bool) -> bytes:
     """What came in at the peer's connection, for the client."""
     return bytes(other.given if is_own else other.given[len(Frame(Kind.DATA, bytes(16)).encode()) :])
+
+
+def _seen(wire: Wire) -> tuple[str, int]:
+    """Where the relay sees the far end."""
+    host, port = wire.at
+    return str(ip(host)), port
 
 
 def frames_of(data: bytes | bytearray) -> Iterator[Frame]:
@@ -366,6 +445,16 @@ def asks(name: int, spread: int = 0) -> bytes:
     return bytes([HELLO, name, spread, 0, 0, 0])
 
 
+def seeks(name: int, own: int = 0) -> bytes:
+    """Asks for a meeting with the peer of that name; says that it is at one of `SAID_ENDS` itself."""
+    return bytes([SEEK, name, own, 0, 0, 0])
+
+
+def is_here(number: int, own: int = 1) -> bytes:
+    """Comes to a meeting, with a token that somebody was told."""
+    return bytes([HERE, number, own, 0, 0, 0])
+
+
 def registers(wire: int, peer: int) -> bytes:
     """As a peer does."""
     return says(wire, raw(Frame(Kind.REGISTER))) + says(wire, proves(peer))
@@ -386,6 +475,7 @@ def programs() -> list[bytes]:
     call = at_home + comes(1, 2)
     talk = says(1, fills(3)) + says(2, fills(9), 200)
     own = opens(2) + says(0, asks(2))
+    sought_there = at_home + opens(2) + says(1, seeks(0))
     return [
         at_home + says(0, raw(Frame(Kind.PING), Frame(Kind.PING))) + passes(11.0) + says(0, raw(Frame(Kind.PING)), 1),
         call + talk + does(END, 1) + says(2, fills(1)) + does(END, 2),
@@ -412,6 +502,13 @@ def programs() -> list[bytes]:
         opens() + says(0, proves(0)) + opens() + says(1, raw(WRONG_TOKEN, b"more")) + passes(0.2),
         opens() + says(0, raw(Frame(Kind.REGISTER), Frame(Kind.REGISTER), WRONG_TOKEN)),
         at_home + does(STALL, 0) + b"".join(says(0, raw(*[Frame(Kind.PING)] * 150)) for _ in range(3)) + does(END, 0),
+        sought_there + opens(1) + says(2, is_here(0)) + passes(11.0),
+        sought_there + opens(2) + says(2, is_here(0), 5) + does(END, 1) + does(RESET, 2),
+        sought_there + opens(1) + says(2, told(Kind.DATA, 0)) + opens() + says(3, is_here(0)),
+        sought_there + at_once(does(RESET, 1)) + opens() + says(2, is_here(0)) + says(2, fills(1)),
+        sought_there + passes(5.1) + opens(3) + says(2, seeks(1)) + opens(3) + says(3, seeks(0)) + says(3, fills(1)),
+        sought_there + says(0, raw(Frame(Kind.SEEK, b"a 192.0.2.1:1"))) + opens(3) + says(2, asks(0)),
+        at_home + opens(2) + says(1, asks(0)) + opens() + says(2, is_here(0)),
         at_home + says(0, raw(Frame(Kind.DIAL, bytes(16)), Frame(Kind.WELCOME, b"192.0.2.1"))),
     ]
 
@@ -421,7 +518,12 @@ def seeds() -> list[bytes]:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what it would log is raised here
     ended = [bytes([number % 3]) + program for number, program in enumerate(programs())]
     frames = [Frame(Kind.REGISTER), Frame(Kind.WELCOME, b"192.0.2.1"), Frame(Kind.DIAL, bytes(16))]
-    return [*ended, hello(NOBODY), hello(NOBODY, 9), b"".join(frame.encode() for frame in frames)]
+    bodies = [
+        seek(NOBODY, SAID_ENDS[0]).body,
+        here(bytes(16), SAID_ENDS[2]).body,
+        meet(SAID_ENDS[0], SAID_ENDS[1:]).body,
+    ]
+    return [*ended, hello(NOBODY), hello(NOBODY, 9), b"".join(frame.encode() for frame in frames), *bodies]
 
 
 TARGET = Target(

@@ -81,7 +81,8 @@ class Scene(Play):
         self._own_wires: list[Wire] = []
         self._dials_own = 0  # that are under way
         target = lambda: OWN_END if self.is_open else None  # noqa: E731
-        self._tether = Tether(identity(PEER), identity(RELAY).peer_id, RELAY_ENDS, target)
+        self._sought: list[Frame] = []
+        self._tether = Tether(identity(PEER), identity(RELAY).peer_id, RELAY_ENDS, target, self._seek)
         self.dials = source.byte() % 4
 
     async def play(self) -> None:
@@ -96,6 +97,10 @@ class Scene(Play):
         await self.passes(QUIET_S)
         assert running.done(), "it hangs"
         self.check_ended(None if running.cancelled() else running.exception())
+
+    def _seek(self, relay: tuple[str, int], token: bytes) -> None:
+        assert relay in RELAY_ENDS and relay[0] == self.wires[0].at[0]
+        self._sought.append(Frame(Kind.SOUGHT, token))
 
     async def dialled(self, host: str, port: int) -> Wire:
         if (host, port) != OWN_END:
@@ -160,6 +165,8 @@ class Scene(Play):
             came = other.sent[len(announced.encode()) :]
             assert own.given.startswith(came) and other.given.startswith(own.sent)
             assert other.was_cut or len(came) == len(own.given)
+        heard = iter([frame for wire in self.wires[:1] for frame in frames_of(wire.given)])
+        assert all(frame in heard for frame in self._sought), "sought by nobody"
         self._check_line()
 
     def _check_line(self) -> None:
@@ -218,6 +225,7 @@ def programs() -> list[bytes]:
         HELD + at_once(says(0, calls(0))) + at_once(does(EAGER, 1)) + at_once(says(1, fills(2))) + says(2, fills(2)),
         HELD + says(0, calls(0, 3)) + says(2, fills(1)) + says(4, fills(2)) + does(RESET, 0),
         HELD + says(0, calls(0, 200)),
+        HELD + says(0, raw(Frame(Kind.SOUGHT, b"s" * TOKEN_BYTES), _dial(0), Frame(Kind.SOUGHT, b"t" * TOKEN_BYTES))),
         HELD + does(DIALS, HANGS) + says(0, calls(0, 9)) + passes(5.1) + says(0, calls(9, 9)),
         HELD + does(DIALS, REFUSED) + says(0, calls(0, 9)) + does(DIALS, GONE) + says(0, calls(3, 2)),
         HELD + does(OWN) + says(0, calls(0)) + does(OWN) + says(0, calls(1)),

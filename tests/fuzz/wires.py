@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
+FIRST_PORT = 1024
 READ_BYTES = 256 << 10  # that uvloop reads at most at once
 
 
@@ -77,10 +78,11 @@ class Wire(asyncio.Transport):
 
     Args:
         host: the far end's address.
-        number: of this wire, which is its port.
+        number: of this wire, from which its port follows.
         is_gone: the far end was gone before anybody could ask where it is.
 
     Attributes:
+        at: where the far end is.
         given: all bytes that the protocol has been given; `sent`: all that have arrived at the far end.
         waiting: bytes that the protocol has written and the far end has not taken yet.
         is_eager: as with some transports, one more read comes after `pause_reading`.
@@ -89,8 +91,9 @@ class Wire(asyncio.Transport):
     """
 
     def __init__(self, loop: Clockwork, host: str, number: int, *, is_gone: bool = False) -> None:
-        super().__init__({"peername": None if is_gone else (host, number), "sockname": ("127.0.0.1", number)})
         self.number = number
+        self.at = host, FIRST_PORT + number
+        super().__init__({"peername": None if is_gone else self.at, "sockname": ("127.0.0.1", self.at[1])})
         self.given = bytearray()
         self.sent = bytearray()
         self.waiting = bytearray()
