@@ -519,6 +519,7 @@ def seeds() -> list[bytes]:
     ended = [bytes([number % 3]) + program for number, program in enumerate(programs())]
     frames = [Frame(Kind.REGISTER), Frame(Kind.WELCOME, b"192.0.2.1"), Frame(Kind.DIAL, bytes(16))]
     bodies = [
+        b"a 192.0.2.1:0000199999",
         seek(NOBODY, SAID_ENDS[0]).body,
         here(bytes(16), SAID_ENDS[2]).body,
         meet(SAID_ENDS[0], SAID_ENDS[1:]).body,
