@@ -16,6 +16,7 @@ from tests.fuzz.wires import READ_BYTES, Clockwork, Wire, settle
 TIMES_S = (0.01, 0.2, 1.0, 4.9, 5.1, 11.0, 21.0, 60.0)
 MAX_WIRES = 16
 MAX_SAID = 2 << 20  # bytes of one input's connections together
+TAIL_BYTES = 4  # times the square of a byte
 MAX_PIECES = 4096  # of one saying
 TURNS = 100_000
 
@@ -79,12 +80,19 @@ class Play:
         if kind == RAW:
             data = self.source.raw(int.from_bytes(self.source.raw(2), "little"))
         elif kind == FILL:
-            data = _noise(wire.number, self._said, (self.source.byte() + 1) << 12)
+            data = self._noise(wire, (self.source.byte() + 1) << 12)
         else:
             data = self.phrase(kind)
+            data += self._noise(wire, TAIL_BYTES * self.source.byte() ** 2)
         self._said += len(data)
         if self._said <= MAX_SAID:
             wire.say(data, max(piece, len(data) // MAX_PIECES))
+
+    def _noise(self, wire: Wire, nbytes: int) -> bytes:
+        """Bytes that no other connection says, and this one says nowhere else."""
+        noise = _noise_of(wire.number)
+        at = self._said % len(noise)
+        return (noise * (2 + nbytes // len(noise)))[at : at + nbytes]
 
     async def passes(self, seconds: float) -> None:
         """Time passes."""
@@ -113,7 +121,7 @@ class Play:
         """A connection comes from outside."""
 
     def phrase(self, kind: int) -> bytes:
-        """What is said, of the kinds after `FILL`."""
+        """What is said, of the kinds after `FILL`; more may follow at once."""
         return b""
 
     def check(self) -> None:
@@ -127,13 +135,6 @@ class Play:
 @lru_cache
 def _noise_of(number: int) -> bytes:
     return random.Random(number).randbytes(65521)
-
-
-def _noise(number: int, start: int, nbytes: int) -> bytes:
-    """Bytes that no other connection says, and this one says nowhere else."""
-    noise = _noise_of(number)
-    at = start % len(noise)
-    return (noise * (2 + nbytes // len(noise)))[at : at + nbytes]
 
 
 # ---------------------------------------------------------------------------- right programs

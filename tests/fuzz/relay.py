@@ -79,7 +79,7 @@ LIMITS = RelayLimits(
     providers_per_block=1,
     calls=4,
     calls_per_provider=3,
-    calls_per_block=3,
+    calls_per_block=2,
     waiting_per_provider=2,
     strangers=5,
     strangers_per_block=3,
@@ -193,6 +193,7 @@ class Scene(Play):
         self._ending = source.byte() % 3
         super().__init__(_loop, source)
         self.own_wires: list[Wire] = []  # of the connections, such as the relay dialled at its own peer's port
+        self._entered: dict[Entrance, tuple[Wire, float]] = {}  # when
         self._tokens = 0
         settings = RelaySettings(
             "127.0.0.1", 0, MBIT_PER_S, own=lambda: OWN_END if self.is_open else None, limits=LIMITS
@@ -224,7 +225,9 @@ class Scene(Play):
     def opened(self, choice: int) -> None:
         wire = self.wire(HOSTS[choice % len(HOSTS)])
         if wire is not None:
-            self.loop.call_soon(wire.begin, Entrance(self.relay))
+            entrance = Entrance(self.relay)
+            self._entered[entrance] = wire, self.loop.time()
+            self.loop.call_soon(wire.begin, entrance)
 
     async def dialled(self, host: str, port: int) -> Wire:
         assert (host, port) == OWN_END
@@ -274,6 +277,9 @@ class Scene(Play):
         met_here = sum(each._meeting is not None for each in self.relay._entrances)
         assert board._callers.total() == board.calls == len(board._waiting) + len(self.relay._splices) + met_here
         for entrance in self.relay._entrances:
+            wire, came_s = self._entered[entrance]
+            if not wire.is_closing():
+                self._check_time(entrance, wire, self.loop.time() - came_s)
             assert len(entrance._received) <= MAX_HELLO_BYTES + READ_BYTES
             if entrance._frames is not None:
                 most = HEAD_BYTES + MAX_BODY_BYTES if entrance._own is None else READ_BYTES
@@ -285,10 +291,24 @@ class Scene(Play):
                 assert len(wire.waiting) <= WRITE_BUFFER_BYTES + MAX_HELLO_BYTES + 2 * READ_BYTES
             else:
                 assert len(wire.waiting) <= LINE_BYTES + HEAD_BYTES + MAX_BODY_BYTES
-        for splice, client, other in self._pairs():
+        joined = list(self._pairs())
+        alone = self.relay._splices - {splice for splice, _, _ in joined}
+        assert len(alone) <= len(self.relay._tasks), "nobody will come to what waits for a second end"
+        for splice, client, other in joined:
             if not splice.is_over:
+                assert not (client.has_ended and other.has_ended)
                 assert len(client.sent) + len(client.waiting) == len(_carried(other, other in self.own_wires))
                 assert len(other.sent) + len(other.waiting) == len(client.given)
+
+    def _check_time(self, entrance: Entrance, wire: Wire, seconds: float) -> None:
+        """Nobody waits for longer than it may; nor is read from, if it is a client that waits."""
+        if entrance._greeted:
+            assert seconds <= LIMITS.hello_s
+        elif entrance._own is not None:
+            assert seconds <= LIMITS.hello_s + LIMITS.dial_s + LIMITS.meet_s
+        elif entrance._token:
+            assert seconds <= LIMITS.hello_s + LIMITS.dial_s
+            assert not wire.is_reading()
 
     def check_ended(self) -> None:
         """When nobody has said anything for long: all is forgotten, and nobody got what was not for them."""
@@ -432,27 +452,27 @@ def hello(name: str, spread: int = 0) -> bytes:
 
 def proves(peer: int, flaw: int = 0) -> bytes:
     """The proof of the peer at that place in `PEERS`, in which one byte may be wrong."""
-    return bytes([PROOF, peer]) + b"\x30\1" + bytes([flaw])
+    return bytes([PROOF, peer]) + b"\x30\1" + bytes([flaw, 0])
 
 
-def told(kind: Kind, number: int) -> bytes:
-    """A frame with a token that somebody was told."""
-    return bytes([TOKEN, kind, number, 0, 0, 0])
+def told(kind: Kind, number: int, tail: int = 0) -> bytes:
+    """A frame with a token that somebody was told. `tail`: the root of how many bytes follow, by fours."""
+    return bytes([TOKEN, kind, number, 0, 0, 0, tail])
 
 
-def asks(name: int, spread: int = 0) -> bytes:
+def asks(name: int, spread: int = 0, tail: int = 0) -> bytes:
     """The TLS hello of a client that wants the peer of that name (`name_of`)."""
-    return bytes([HELLO, name, spread, 0, 0, 0])
+    return bytes([HELLO, name, spread, 0, 0, 0, tail])
 
 
 def seeks(name: int, own: int = 0) -> bytes:
     """Asks for a meeting with the peer of that name; says that it is at one of `SAID_ENDS` itself."""
-    return bytes([SEEK, name, own, 0, 0, 0])
+    return bytes([SEEK, name, own, 0, 0, 0, 0])
 
 
 def is_here(number: int, own: int = 1) -> bytes:
     """Comes to a meeting, with a token that somebody was told."""
-    return bytes([HERE, number, own, 0, 0, 0])
+    return bytes([HERE, number, own, 0, 0, 0, 0])
 
 
 def registers(wire: int, peer: int) -> bytes:
@@ -460,9 +480,9 @@ def registers(wire: int, peer: int) -> bytes:
     return says(wire, raw(Frame(Kind.REGISTER))) + says(wire, proves(peer))
 
 
-def comes(client: int, provider: int, token: int = 0) -> bytes:
+def comes(client: int, provider: int, token: int = 0, host: int = 2) -> bytes:
     """A client, and the peer that comes for it."""
-    return opens(2) + says(client, asks(0)) + opens() + says(provider, told(Kind.DATA, token))
+    return opens(host) + says(client, asks(0)) + opens() + says(provider, told(Kind.DATA, token))
 
 
 LONG_HELLO = b"\x16\3\1\x40\0\1\0\x20\1"
@@ -488,8 +508,11 @@ def programs() -> list[bytes]:
         at_home + opens(2) + says(1, asks(0)) + opens() + at_once(does(RESET, 1)) + says(2, told(Kind.DATA, 0)),
         at_home + opens(2) + says(1, asks(1)) + opens(3) + says(2, asks(3)),
         at_home + opens(3) + registers(1, 0) + opens(5) + registers(2, 1) + opens() + registers(3, 2),
-        call + comes(3, 4, 1) + comes(5, 6, 2) + comes(7, 8, 3) + says(3, fills(1)) + says(4, fills(1)),
+        call + comes(3, 4, 1, 3) + comes(5, 6, 2, 4) + comes(7, 8, 3, 5) + says(3, fills(1)) + says(4, fills(1)),
+        call + comes(3, 4, 1) + opens(2) + says(5, asks(0)) + opens(2) + says(6, asks(2)) + says(3, fills(1)),
         at_home + b"".join(opens(number) + says(number, asks(0)) for number in range(1, 6)),
+        at_home + opens(2) + says(1, asks(0, tail=9)) + opens() + says(2, told(Kind.DATA, 0, tail=200)),
+        at_home + opens(2) + does(EAGER, 1) + says(1, asks(0, tail=255)) + says(1, fills(64)),
         own + does(OWN) + says(0, fills(2)) + says(1, fills(20)) + does(END, 1) + does(END, 0),
         does(DIALS, REFUSED) + own,
         does(DIALS, HANGS) + own + opens(1) + says(1, asks(2)) + does(RESET, 0) + passes(4.9),

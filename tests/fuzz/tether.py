@@ -136,6 +136,7 @@ class Scene(Play):
             splice = own.protocols[-1]
             if isinstance(splice, End) and not splice._splice.is_over:
                 head = len(_dial(0).encode())
+                assert not (own.has_ended and other.has_ended)
                 assert len(own.sent) + len(own.waiting) == len(other.given)
                 assert len(other.sent) + len(other.waiting) == len(own.given) + head
 
@@ -204,7 +205,7 @@ def _dial(number: int) -> Frame:
 
 def calls(first: int, number: int = 1) -> bytes:
     """So many clients want the peer; the tokens are numbers from `first` on."""
-    return bytes([TOKEN, first, number])
+    return bytes([TOKEN, first, number, 0])
 
 
 WELCOME = Frame(Kind.WELCOME, b"198.51.100.7")

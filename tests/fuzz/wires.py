@@ -85,6 +85,7 @@ class Wire(asyncio.Transport):
         at: where the far end is.
         given: all bytes that the protocol has been given; `sent`: all that have arrived at the far end.
         waiting: bytes that the protocol has written and the far end has not taken yet.
+        has_ended: the protocol knows that the far end will write no more.
         is_eager: as with some transports, one more read comes after `pause_reading`.
         is_lost: `connection_lost` has been called; `was_cut`: something that was waiting may never have been sent.
         protocols: all that have had this transport, in order.
@@ -97,7 +98,7 @@ class Wire(asyncio.Transport):
         self.given = bytearray()
         self.sent = bytearray()
         self.waiting = bytearray()
-        self.is_eager = False
+        self.has_ended = self.is_eager = False
         self.is_lost = self.was_cut = False
         self.protocols: list[asyncio.Protocol] = []
         self._loop = loop
@@ -156,7 +157,7 @@ class Wire(asyncio.Transport):
             self._loop.call_soon(self._read)
             self.protocols[-1].data_received(data)
         elif self._ends and self._is_reading:
-            self._is_reading = False
+            self._is_reading, self.has_ended = False, True
             if not self.protocols[-1].eof_received():
                 self.close()
 
