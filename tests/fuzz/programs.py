@@ -21,8 +21,9 @@ MAX_PIECES = 4096  # of one saying
 TURNS = 100_000
 
 SAY, END, RESET, STALL, TAKE, EAGER, PASS, DIALS, OWN, OPEN = range(N_OPERATIONS := 10)
-"""What is done next; `AT_ONCE` is added where the loop turns once only before the next thing is done."""
-AT_ONCE = 128
+"""What is done next. `AT_ONCE` is added where the next thing is done before anything comes of it, `IN_A_TURN` where the
+loop turns once."""
+AT_ONCE, IN_A_TURN = 64, 128
 RAW, FILL, PROOF, TOKEN, HELLO, SEEK, HERE = range(N_PHRASES := 7)
 """What is said; those after `FILL` are a harness's own."""
 TAKEN, REFUSED, HANGS, GONE = range(N_DIALS := 4)
@@ -52,9 +53,11 @@ class Play:
         while self.source.left:
             kind = self.source.byte()
             await self._do(kind % AT_ONCE % N_OPERATIONS)
-            await settle(TURNS if kind < AT_ONCE else 1)
             if kind < AT_ONCE:
+                await settle(TURNS)
                 self.check()
+            elif kind >= IN_A_TURN:
+                await settle(1)
 
     async def _do(self, operation: int) -> None:
         if operation == OPEN:
@@ -167,8 +170,13 @@ def does(operation: int, *what: int) -> bytes:
 
 
 def at_once(step: bytes) -> bytes:
-    """The step, and the next one before all has come of it that may."""
+    """The step, and the next one before anything has come of it."""
     return bytes([step[0] + AT_ONCE]) + step[1:]
+
+
+def in_a_turn(step: bytes) -> bytes:
+    """The step, and the next one before all has come of it that may."""
+    return bytes([step[0] + IN_A_TURN]) + step[1:]
 
 
 def passes(seconds: float) -> bytes:
