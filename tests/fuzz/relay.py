@@ -568,5 +568,4 @@ TARGET = Target(
         "protocol.relay_frames",
         "protocol.splice",
     ),
-    short=800,
 )

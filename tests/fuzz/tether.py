@@ -256,5 +256,4 @@ TARGET = Target(
     run,
     seeds,
     modules=("peer.reach.tether", "protocol.relay_frames", "protocol.splice"),
-    short=800,
 )
