@@ -214,6 +214,6 @@ def _ascii(body: bytes) -> str:
 def _end(text: str) -> End:
     host, _, port = text.rpartition(":")
     found = ip(host_of(text))
-    if found is None or not port.isdecimal() or not 1 <= int(port[:6]) <= 65535:
+    if found is None or not port.isdecimal() or len(port) > 5 or not 1 <= int(port) <= 65535:
         raise BadMessage(f"{host[:64]!r} is no address with a port")
     return str(found), int(port)

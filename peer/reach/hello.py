@@ -22,20 +22,72 @@ MAX_HELLO_BYTES = 8 << 10
 _NAME = re.compile(r"[a-z0-9.-]{1,255}")
 
 
-def server_name(received: bytes) -> str | None:
-    """The name that the client asks for; None: the hello has not arrived whole.
+class HelloReader:
+    """Finds the name while the hello arrives. Each record is read once: thousands of tiny ones would cost seconds."""
 
-    Args:
-        received: what came first on the connection.
+    def __init__(self) -> None:
+        self._message = bytearray()  # of the records that are whole
+        self._at = 0  # where the next one begins
 
-    Raises:
-        BadMessage: it is no ClientHello, one without a name, or longer than `MAX_HELLO_BYTES`.
-    """
-    hello = _handshake(received)
-    if hello is None:
+    def name(self, received: bytes | bytearray) -> str | None:
+        """The name that the client asks for; None: the hello has not arrived whole.
+
+        Args:
+            received: all that has come on the connection so far.
+
+        Raises:
+            BadMessage: it is no ClientHello, one without a name, or longer than `MAX_HELLO_BYTES`.
+        """
+        hello = self._whole(received)
+        if hello is not None:
+            return _name_in(hello)
         if len(received) >= MAX_HELLO_BYTES:
             raise BadMessage("the TLS hello is too long")
         return None
+
+    def _whole(self, received: bytes | bytearray) -> bytes | None:
+        """The body of the ClientHello, which may be spread over several records; None: it is not whole."""
+        while True:
+            at = self._at
+            if len(received) > at and received[at] != HANDSHAKE:
+                raise BadMessage("this is no TLS handshake")
+            if len(received) < at + 5:
+                return None
+            nbytes = int.from_bytes(received[at + 3 : at + 5])
+            if not nbytes:
+                raise BadMessage("the TLS hello has an empty record")
+            came = received[at + 5 : at + 5 + nbytes]
+            if len(came) < nbytes:
+                return _body(bytes(self._message + came))
+            self._message += came
+            self._at += 5 + nbytes
+            hello = _body(self._message)
+            if hello is not None:
+                return hello
+
+
+def server_name(received: bytes) -> str | None:
+    """The name in what came first on a connection, as `HelloReader.name` has it.
+
+    Raises:
+        BadMessage: likewise.
+    """
+    return HelloReader().name(received)
+
+
+def _body(message: bytes | bytearray) -> bytes | None:
+    """What the handshake's first message says; None: it is not whole."""
+    if message and message[0] != CLIENT_HELLO:
+        raise BadMessage("the TLS handshake begins without a hello")
+    if len(message) < 4:
+        return None
+    whole = int.from_bytes(message[1:4])
+    if whole > MAX_HELLO_BYTES:
+        raise BadMessage("the TLS hello is too long")
+    return bytes(message[4 : 4 + whole]) if len(message) >= 4 + whole else None
+
+
+def _name_in(hello: bytes) -> str:
     fields = _Bytes(hello)
     fields.take(2 + 32)  # version, random
     fields.vector(1)  # session id
@@ -47,31 +99,6 @@ def server_name(received: bytes) -> str | None:
         if kind == SERVER_NAME:
             return _host_name(body)
     raise BadMessage("the TLS hello names no server")
-
-
-def _handshake(received: bytes) -> bytes | None:
-    """The body of the ClientHello, which may be spread over several records; None: it is not whole."""
-    message, at = bytearray(), 0
-    while True:
-        if len(received) > at and received[at] != HANDSHAKE:
-            raise BadMessage("this is no TLS handshake")
-        if len(received) < at + 5:
-            return None
-        nbytes = int.from_bytes(received[at + 3 : at + 5])
-        if not nbytes:
-            raise BadMessage("the TLS hello has an empty record")
-        message += received[at + 5 : at + 5 + nbytes]
-        at += 5 + nbytes
-        if message[0] != CLIENT_HELLO if message else False:
-            raise BadMessage("the TLS handshake begins without a hello")
-        if len(message) >= 4:
-            whole = int.from_bytes(message[1:4])
-            if whole > MAX_HELLO_BYTES:
-                raise BadMessage("the TLS hello is too long")
-            if len(message) >= 4 + whole:
-                return bytes(message[4 : 4 + whole])
-        if len(received) < at:
-            return None
 
 
 def _host_name(body: bytes) -> str:

@@ -26,7 +26,7 @@ from typing import cast
 
 from dht.background import background
 from peer.bucket import Bucket
-from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, server_name
+from peer.reach.hello import HANDSHAKE, MAX_HELLO_BYTES, HelloReader
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import BadMessage, ConfigError, PeerError, PeerFull, PotluckError, WireError
 from protocol.hosts import block, ip
@@ -140,14 +140,14 @@ class Relay:
     def left(self, entrance: Entrance) -> None:
         self._entrances.discard(entrance)
 
-    def dial_self(self, client: Entrance, target: tuple[str, int]) -> None:
+    def dial_self(self, call: Call[Entrance], target: tuple[str, int]) -> None:
         """A client asks for this very peer: it is joined with this peer's own port."""
-        task = self._loop.create_task(self._dial_self(client, target))
+        splice = self._splice(partial(self.board.hang_up, call))
+        task = self._loop.create_task(self._dial_self(splice, call.client, target))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _dial_self(self, client: Entrance, target: tuple[str, int]) -> None:
-        splice = self._splice(lambda: None)
+    async def _dial_self(self, splice: Splice, client: Entrance, target: tuple[str, int]) -> None:
         try:
             async with asyncio.timeout(self.settings.limits.dial_s):
                 await self._loop.create_connection(lambda: splice.second, *target)
@@ -191,6 +191,7 @@ class Entrance(asyncio.Protocol):
         self._port = 0
         self._greeted = False
         self._received = bytearray()
+        self._hello = HelloReader()
         self._frames: FrameReader | None = None
         self._nonce = b""
         self._registered: str | None = None  # its name, if it is a peer's
@@ -242,7 +243,7 @@ class Entrance(asyncio.Protocol):
             data, self._received = bytes(self._received), bytearray()
             self._hear(data)
             return
-        name = server_name(bytes(self._received))
+        name = self._hello.name(self._received)
         if name is not None:
             self._call(name)
 
@@ -253,8 +254,9 @@ class Entrance(asyncio.Protocol):
         own = relay.settings.own() if name == certificate_name(relay.peer_id) else None
         assert self._transport is not None
         if own is not None:
+            call = relay.board.call_self(name, self, self._block)
             self._wait(b"own")
-            relay.dial_self(self, own)
+            relay.dial_self(call, own)
             return
         token, provider = relay.board.call(name, self, self._block)
         self._wait(token)

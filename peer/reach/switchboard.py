@@ -140,19 +140,31 @@ class Switchboard(Generic[Line]):
         provider = self._providers.get(name)
         if provider is None:
             raise PeerLost("no peer of that name is registered")
-        waiting = sum(1 for call in self._waiting.values() if call.name == name)
+        call = self._admit(Call(name, block, client, seeks))
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._waiting[token] = call
+        return token, provider.line
+
+    def call_self(self, name: str, client: Line, block: str) -> Call[Line]:
+        """A client asks for `name`, who need not be told: the peer that has the relay. Counts until `hang_up`.
+
+        Raises:
+            PeerFull: as for `call`.
+        """
+        return self._admit(Call(name, block, client))
+
+    def _admit(self, call: Call[Line]) -> Call[Line]:
+        waiting = sum(1 for other in self._waiting.values() if other.name == call.name)
         if (
             self.calls >= self._limits.calls
-            or self._calls[name] >= self._limits.calls_per_provider
-            or self._callers[block] >= self._limits.calls_per_block
+            or self._calls[call.name] >= self._limits.calls_per_provider
+            or self._callers[call.block] >= self._limits.calls_per_block
             or waiting >= self._limits.waiting_per_provider
         ):
             raise PeerFull("this relay carries as many connections as it can")
-        token = secrets.token_bytes(TOKEN_BYTES)
-        self._waiting[token] = Call(name, block, client, seeks)
-        self._calls[name] += 1
-        self._callers[block] += 1
-        return token, provider.line
+        self._calls[call.name] += 1
+        self._callers[call.block] += 1
+        return call
 
     def answer(self, token: bytes) -> Call[Line] | None:
         """The call for which a peer has come; None: nobody waits with that token any longer."""

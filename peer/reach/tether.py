@@ -61,6 +61,7 @@ class Tether:
         self._ends = ends
         self._target = target
         self._sought = sought
+        self._calls: set[asyncio.Task[None]] = set()
         self._splices: dict[Splice, End] = {}  # with our own end of the connection to the gRPC port
 
     @property
@@ -83,13 +84,13 @@ class Tether:
             try:
                 await self._serve(reader, writer)
             finally:
-                writer.close()
+                writer.transport.abort()  # a relay that reads nothing would keep it open for ever
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
         except WireError as error:
             raise self._lost(PeerLost(f"the relay does not speak as relays do: {error.message}")) from None
         except (OSError, EOFError, TimeoutError) as error:
-            raise self._lost(PeerLost(f"the relay is lost: {error or type(error).__name__}")) from None
+            raise self._lost(PeerLost(f"the relay is lost: {str(error) or type(error).__name__}")) from None
         except PotluckError as error:
             raise self._lost(error) from None
         finally:
@@ -112,8 +113,13 @@ class Tether:
             except (OSError, TimeoutError) as error:
                 last = error
                 continue
+            seen = streams[1].get_extra_info("peername")
+            if seen is None:  # it was gone before it could be asked for
+                last = ConnectionResetError("it ended the connection")
+                streams[1].transport.abort()
+                continue
             self.end = end
-            self.peer_host = _end(streams[1].get_extra_info("peername"))[0]
+            self.peer_host = _end(seen)[0]
             return streams
         raise last
 
@@ -127,22 +133,24 @@ class Tether:
             frames.feed(data)
             return list(frames.frames())
 
+        came: list[Frame] = []
         writer.write(Frame(Kind.REGISTER).encode())
         async with asyncio.timeout(REGISTER_TIMEOUT_S):
             while not self.welcome.done():
-                for frame in await heard():
-                    await self._enter(frame, writer)
+                came = await heard()
+                while came and not self.welcome.done():
+                    await self._enter(came.pop(0), writer)
         async with task_group() as tasks:
             pinging = tasks.create_task(self._ping(writer), name="relay-ping")
             try:
                 while True:
-                    async with asyncio.timeout(SILENT_S):
-                        came = await heard()
                     for frame in came:
                         if frame.kind is Kind.DIAL:
                             self._call(frame.body, tasks)
                         elif frame.kind is Kind.SOUGHT and self.end is not None:
                             self._sought(self.end, frame.body)
+                    async with asyncio.timeout(SILENT_S):
+                        came = await heard()
             finally:
                 pinging.cancel()
 
@@ -161,9 +169,11 @@ class Tether:
 
     def _call(self, token: bytes, tasks: asyncio.TaskGroup) -> None:
         target = self._target()
-        if target is None or len(self._splices) >= MAX_CALLS:
+        if target is None or len(self._calls) >= MAX_CALLS:
             return  # the client hears of it from the relay, which waits in vain
-        tasks.create_task(self._come(token, target), name="relay-call")
+        call = tasks.create_task(self._come(token, target), name="relay-call")
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
 
     async def _come(self, token: bytes, target: End) -> None:
         """Dials the relay for a client, and joins that with this peer's own port."""

@@ -17,9 +17,9 @@ from pathlib import Path
 FOUND = Path(__file__).parent / "found"
 """Inputs that once broke something, `TARGET-...`; all of them are replayed by `make test`."""
 
-PURE = ("codecs", "messages", "frames", "replies", "records", "node", "view", "requests", "headers")
-"""The harnesses: modules beside this one, each with a `TARGET`. To add one (the relay's, say): write the module, a
-`run` that takes bytes and a `seeds` that makes right ones, and name it here; all runs, short and long, follow."""
+PURE = ("codecs", "messages", "frames", "replies", "records", "node", "view", "requests", "headers", "relay", "tether")
+"""The harnesses: modules beside this one, each with a `TARGET`. To add one: write the module, a `run` that takes bytes
+and a `seeds` that makes right ones, and name it here; all runs, short and long, follow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,16 +22,19 @@ from peer.host import Served
 from peer.metrics import serving_metrics
 from peer.reach.relay import Relay, RelaySettings, open_relay
 from peer.reach.switchboard import RelayLimits
-from peer.reach.tether import Tether
+from peer.reach.tether import MAX_CALLS, Tether
 from peer.standing import Standing
 from protocol.channel import connected, open_channel, server_credentials, server_options
 from protocol.errors import PeerFull, PeerLost
 from protocol.identity import Identity, certificate_name
 from protocol.loop import new_event_loop
-from protocol.relay_frames import Frame, Kind
+from protocol.relay_frames import NONCE_BYTES, TOKEN_BYTES, Frame, Kind, proof
 from protocol.span import Span
 from tests.harness import identity
 from tests.reach.support import hello_of
+
+Saying = tuple[bytes, float]
+"""What a stranger says, and for how many seconds it pauses between two bytes."""
 
 LIMIT = 1 << 20
 TIMEOUT_S = 10.0
@@ -208,6 +211,68 @@ async def test_a_relay_that_ends_is_lost_at_once() -> None:
         await channel.close()
 
 
+@contextlib.asynccontextmanager
+async def hostile(said: bytes, taken: Callable[[], None] = lambda: None) -> AsyncIterator[tuple[Tether, list[bytes]]]:
+    """A tether to a relay that says this at once, and all that it hears on connections that come later.
+
+    Args:
+        taken: called for each connection to the peer's own port.
+    """
+    heard: list[bytes] = []
+    is_first = True
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            writer.write(said)
+        else:
+            heard.append(await reader.readexactly(3 + TOKEN_BYTES))
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async def own(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    servers = [await asyncio.start_server(each, "127.0.0.1", 0, backlog=512) for each in (relay, own)]
+    at, target = (server.sockets[0].getsockname() for server in servers)
+    tether = Tether(identity(1), identity(0).peer_id, (at,), lambda: target)
+    task = asyncio.create_task(tether.run())
+    try:
+        yield tether, heard
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, PeerLost):
+            await task
+        for server in servers:
+            server.close()
+
+
+async def test_a_relay_that_says_all_at_once_is_heard_to_the_end() -> None:
+    """A second welcome ended the peer; a call right behind the first was lost."""
+    dial = Frame(Kind.DIAL, b"t" * TOKEN_BYTES)
+    welcome = Frame(Kind.WELCOME, b"192.0.2.1").encode()
+    async with hostile(welcome + welcome + dial.encode()) as (tether, heard):
+        await until(lambda: bool(heard))
+        assert tether.holds
+        assert heard == [Frame(Kind.DATA, dial.body).encode()]
+
+
+async def test_a_relay_that_calls_without_end_is_answered_so_often_and_no_more() -> None:
+    """Calls counted only once they stood, so that one read could begin hundreds."""
+    calls = b"".join(Frame(Kind.DIAL, number.to_bytes(TOKEN_BYTES)).encode() for number in range(3 * MAX_CALLS))
+    taken: list[None] = []
+    said = Frame(Kind.WELCOME, b"192.0.2.1").encode() + calls
+    async with hostile(said, lambda: taken.append(None)) as (_, heard):
+        await until(lambda: len(heard) == MAX_CALLS)
+        await asyncio.sleep(0.2)  # for more to come, if more do
+        assert len(taken) == len(heard) == MAX_CALLS
+
+
 async def test_nobody_is_at_the_relays_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -241,6 +306,73 @@ async def test_garbage_and_silence_leave_nothing_behind() -> None:
             writer.close()
         del slow
         await until(lambda: psutil.Process().num_fds() <= before)
+
+
+def silence() -> Saying:
+    return b"", 0.0
+
+
+def garbage() -> Saying:
+    return os.urandom(2000), 0.0
+
+
+def slow_hello() -> Saying:
+    return hello_of("nobody.example"), 0.02
+
+
+def unknown_name() -> Saying:
+    return hello_of(certificate_name(identity(3).peer_id)), 0.0
+
+
+def never_whole() -> Saying:
+    return b"\x16\3\1\x40\0\1\0\x20\0" + bytes(9000), 0.0
+
+
+def no_proof() -> Saying:
+    return Frame(Kind.REGISTER).encode(), 0.0
+
+
+def wrong_proof() -> Saying:
+    return Frame(Kind.REGISTER).encode() + proof(identity(1), "another relay", bytes(NONCE_BYTES)).encode(), 0.0
+
+
+def wrong_token() -> Saying:
+    return Frame(Kind.DATA, os.urandom(TOKEN_BYTES)).encode() + b"bytes for somebody", 0.0
+
+
+STRANGERS = (silence, garbage, slow_hello, unknown_name, never_whole, no_proof, wrong_proof, wrong_token)
+
+
+async def stranger(port: int, saying: Saying) -> None:
+    """Says this, a byte at a time if there is a pause, until the relay has ended the connection."""
+    data, pause_s = saying
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for piece in [data] if not pause_s else [bytes([byte]) for byte in data]:
+            writer.write(piece)
+            await asyncio.sleep(pause_s)
+            if writer.transport.is_closing():
+                break
+        await reader.read()
+        writer.close()
+
+
+async def test_rounds_of_strangers_of_one_block_leave_no_count() -> None:
+    """More at once than may come from there, of all kinds; a right client gets through after each round."""
+    limits = RelayLimits(hello_s=0.4, dial_s=0.4, strangers_per_block=40)
+    async with tied(limits) as place:
+        board, before = place.relay.board, psutil.Process().num_fds()
+        for _ in range(3):
+            async with asyncio.timeout(TIMEOUT_S):
+                await asyncio.gather(*(stranger(place.relay.port, kind()) for _ in range(10) for kind in STRANGERS))
+            await until(lambda: not board._strangers)
+            channel = place.channel()
+            assert await place.ask(channel) == b"hello"
+            await channel.close()
+            await until(lambda: not any((board._waiting, board._calls, board._callers)))
+            assert list(board._providers) == [certificate_name(place.provider.peer_id)]
+            await until(lambda: psutil.Process().num_fds() <= before)
+        assert {"peer-full", "peer-lost", "bad-message", "bad-record"} <= set(place.relay.refusals)
 
 
 async def test_what_a_client_does_not_read_stays_with_the_peer() -> None:

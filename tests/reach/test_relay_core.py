@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.bucket import Bucket
-from peer.reach.hello import MAX_HELLO_BYTES, server_name
+from peer.reach.hello import MAX_HELLO_BYTES, HelloReader, server_name
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import BadMessage, BadRecord, PeerFull, PeerLost, WireError
 from protocol.hosts import address, block, host_of, is_global, is_loopback, seen_end, seen_host
@@ -40,6 +41,15 @@ def test_a_hello_may_be_spread_over_records(piece: int) -> None:
     spread = b"".join(HELLO[:3] + len(part).to_bytes(2) + part for part in parts)
     if len(spread) < MAX_HELLO_BYTES:
         assert server_name(spread) == NAME
+
+
+def test_a_hello_of_tiny_records_that_comes_byte_by_byte_is_read_once() -> None:
+    """It took 2.4 s of the peer's event loop for each such connection, when it was read anew with each byte."""
+    message = b"\1\0\x1f\0" + bytes(1400)
+    spread = b"".join(HELLO[:3] + b"\0\1" + bytes([byte]) for byte in message)[: MAX_HELLO_BYTES - 1]
+    reader, began_s = HelloReader(), time.process_time()
+    assert all(reader.name(spread[: arrived + 1]) is None for arrived in range(len(spread)))
+    assert time.process_time() - began_s < 0.5
 
 
 @pytest.mark.parametrize(
@@ -199,6 +209,20 @@ def test_callers_of_one_block_do_not_take_all_of_a_peer() -> None:
     with pytest.raises(PeerFull):
         board.call("a", "another", "there")
     board.call("a", "another", "elsewhere")
+
+
+def test_those_who_want_the_relays_own_peer_count_too() -> None:
+    board: Switchboard[str] = Switchboard(RelayLimits(calls=2, calls_per_block=1))
+    call = board.call_self("me", "client", "there")
+    with pytest.raises(PeerFull):
+        board.call_self("me", "another", "there")
+    board.register("a", "line", "block")
+    board.call("a", "client", "elsewhere")
+    with pytest.raises(PeerFull):
+        board.call_self("me", "one more in all", "far away")
+    board.hang_up(call)
+    assert board.calls == 1
+    board.call_self("me", "one more in all", "far away")
 
 
 def test_strangers_of_one_block_do_not_keep_out_others() -> None:
