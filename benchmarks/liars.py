@@ -7,7 +7,6 @@ format; sessions are drawn from these.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,13 +14,15 @@ from typing import Final
 import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from benchmarks.liars_odds import Habit, Mask, Odds, odds
-from benchmarks.liars_page import INTRODUCTION, TAIL
-from benchmarks.lies import KINDS, LIES, WHAT, Recording, name_of, record, rows
-from client.tolerance import MARGIN, Kind, bound, distances
-from client.verdict import Culprit, Distance, judge
+from benchmarks.liars_lengths import lengths_table
+from benchmarks.liars_odds import Habit, Odds, Signs, odds
+from benchmarks.liars_page import INTRODUCTION, LENGTHS, TAIL
+from benchmarks.liars_pairs import codecs_table, finds, honest_pairs, pairs_table
+from benchmarks.liars_verdicts import verdicts
+from benchmarks.lies import BFLOAT16, FLOAT32, LIES, WHAT, Recording, record, rows
+from client.sample import LEAST, MOST
+from client.tolerance import MARGIN, TYPICAL_MARGIN, Kind, Tolerance, distances
 from protocol.identity import Identity
 from protocol.messages import HIDDEN, TensorSpec
 from protocol.receipts import Line, Receipt, digest
@@ -37,96 +38,40 @@ HOPS, SHARE = 3, 0.1  # hops of a chain; the share of peers that lie
 WIDTH = 4096
 
 NOISY: Final = "noise"
+FAINT: Final = "faint noise"
+SMALLER: Final = "a smaller model's outputs"
+COARSE: Final = "nf4 weights"
 SELDOM: Final = "wrong on 1 % of steps"
-HABITS: Final[dict[str, tuple[str, Habit]]] = {
-    **{lie: (lie, Habit()) for lie in LIES},
-    "wrong from step 50 on": (NOISY, Habit(first=50)),
-    SELDOM: (NOISY, Habit(share=0.01)),
-    "wrong for one client": (NOISY, Habit()),
+HABITS: Final[dict[str, tuple[str, Kind, Habit]]] = {
+    **{lie: (lie, FLOAT32, Habit()) for lie in LIES},
+    **{f"{lie}, in bfloat16": (lie, BFLOAT16, Habit()) for lie in (FAINT, SMALLER, COARSE)},
+    "nf4 weights from step 50 on, in bfloat16": (COARSE, BFLOAT16, Habit(first=50)),
+    "wrong from step 50 on": (NOISY, FLOAT32, Habit(first=50)),
+    SELDOM: (NOISY, FLOAT32, Habit(share=0.01)),
+    "wrong for one client": (NOISY, FLOAT32, Habit()),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Honest:
-    """How far apart honest peers of two kinds were: of all tokens that were compared, the median and the largest."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """A liar's outputs against an honest auditor of the kind that it says it is, in one span.
 
-    audited: Kind
-    auditor: Kind
-    codec: str
-    compared: int
-    median: float
-    largest: float
+    Attributes:
+        apart: distances of the tokens that came one by one, [sessions, tokens].
+    """
 
-    @property
-    def limit(self) -> float:
-        return bound(self.audited, self.auditor, self.codec)
+    apart: torch.Tensor
+    within: Tolerance
 
 
-def honest_pairs(recordings: Sequence[Recording], codec_name: str) -> list[Honest]:
-    """All pairs of kinds, those of different weights too."""
+def told(recordings: list[Recording], lie: str, kind: Kind) -> list[Told]:
+    """Span by span."""
     found = []
-    for audited in KINDS:
-        for auditor in KINDS:
-            apart = torch.cat(
-                [
-                    distances(recording.single[audited][i], recording.bulk[auditor][i])
-                    for recording in recordings
-                    for i in range(len(recording.inputs))
-                ]
-            )
-            found.append(Honest(audited, auditor, codec_name, len(apart), float(apart.median()), float(apart.max())))
-    return found
-
-
-def lie_distances(recordings: list[Recording], lie: str, auditor: Kind) -> NDArray[np.float64]:
-    """Of each token that came one by one, how far the liar is from an honest auditor."""
-    apart = []
     for recording, part in rows(recordings):
-        told = LIES[lie](recording)
-        apart += [distances(t[part], b[part]) for t, b in zip(told, recording.bulk[auditor], strict=True)]
-    return torch.cat(apart).numpy()
-
-
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """How many were given, could not be decided, and named the honest one of both."""
-
-    given: int = 0
-    undecided: int = 0
-    wrong: int = 0
-
-    def plus(self, said: Culprit, right: Culprit) -> Verdicts:
-        return Verdicts(self.given + 1, self.undecided + (said == "both"), self.wrong + (said not in ("both", right)))
-
-
-def verdicts(recordings: list[Recording]) -> Verdicts:
-    """Over all lies that are noticed, with third peers of each number format; and the other way round, where it is the
-    auditor that lies."""
-    found, auditor = Verdicts(), KINDS[0]
-    for recording, part in rows(recordings):
-        honest = recording.bulk[auditor][:, part]
-        for lie in LIES.values():
-            told = lie(recording)[:, part]
-            for third in KINDS[:2]:
-                limits = bound(auditor, auditor, "int8"), bound(third, auditor, "int8")
-                others = recording.bulk[third][:, part]
-                for a, b, c in zip(
-                    *(_flat(pair) for pair in ((told, honest), (others, told), (others, honest))), strict=True
-                ):
-                    first, to_liar, to_honest = (
-                        Distance(a, limits[0]),
-                        Distance(b, limits[1]),
-                        Distance(c, limits[1]),
-                    )
-                    if not first.agrees:
-                        found = found.plus(judge(first, to_liar, to_honest), "audited")
-                        found = found.plus(judge(first, to_honest, to_liar), "auditor")
+        pairs = zip(LIES[lie](recording, kind), recording.bulk[kind], strict=True)
+        within = Tolerance.between(kind, kind, DEFAULT, len(recording.span))
+        found.append(Told(torch.stack([distances(t[part], b[part]) for t, b in pairs]), within))
     return found
-
-
-def _flat(pair: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
-    one, other = (tensor.reshape(-1, tensor.shape[-1]) for tensor in pair)
-    return list(distances(one, other).tolist())
 
 
 def costs() -> str:
@@ -177,13 +122,16 @@ def report(sessions: int, tokens: int, scale: float) -> str:
     rng = np.random.default_rng(7)
     counts = {name: sessions if name == DEFAULT else max(1, sessions // 3) for name in CODECS}
     recordings = {name: record(count, tokens, name) for name, count in counts.items()}
-    pairs = [pair for name in CODECS for pair in honest_pairs(recordings[name], name)]
-    compared, accused = sum(p.compared for p in pairs), sum(p.compared for p in pairs if p.largest > p.limit)
-    lines = [INTRODUCTION.format(cost=costs(), margin=f"{MARGIN:g}"), _pairs_table(pairs)]
+    pairs = {name: honest_pairs(recordings[name], name) for name in CODECS}
+    every = [pair for found in pairs.values() for pair in found]
+    compared, accused = sum(p.compared for p in every), sum(p.accused for p in every)
+    margins = {"margin": f"{MARGIN:g}", "typical": f"{TYPICAL_MARGIN:g}", "least": LEAST, "most": MOST}
+    lines = [INTRODUCTION.format(cost=costs(), **margins), pairs_table(pairs[DEFAULT]), "", codecs_table(pairs)]
     lines.append(f"\n{compared:,} tokens of honest peers were compared; accused: **{accused}**.\n")
-    lines += ["## How far lies are from the truth\n", _lies_table(recordings["int8"]), ""]
-    lines += ["## How long liars survive\n", *_odds_section(recordings["int8"], scale, rng)]
-    found = verdicts(recordings["int8"])
+    lines += [LENGTHS, lengths_table(max(1, sessions // 4), tokens, DEFAULT), ""]
+    lines += ["## How far lies are from the truth\n", _lies_table(recordings[DEFAULT]), ""]
+    lines += ["## How long liars survive\n", *_odds_section(recordings[DEFAULT], scale, rng)]
+    found = verdicts(recordings[DEFAULT])
     lines.append(
         f"\n{found.given:,} verdicts with a third peer, the liar audited or auditing: {found.undecided:,} could not be"
         f" decided, {found.wrong} named the honest one.\n"
@@ -191,31 +139,33 @@ def report(sessions: int, tokens: int, scale: float) -> str:
     return "\n".join(lines) + TAIL
 
 
-def _pairs_table(pairs: Sequence[Honest]) -> str:
-    lines = ["| audited | auditor | codec | compared | median | largest | allowed |", "|---|---|---|---|---|---|---|"]
-    for p in pairs:
-        names = f"{name_of(p.audited)} | {name_of(p.auditor)} | `{p.codec}`"
-        lines.append(f"| {names} | {p.compared:,} | {p.median:.1e} | {p.largest:.1e} | {p.limit:.2f} |")
-    return "\n".join(lines)
-
-
-def _noticed(recordings: list[Recording], lie: str, kind: Kind) -> Mask:
-    return np.asarray(lie_distances(recordings, lie, kind) > bound(kind, kind, "int8"))
-
-
 def _lies_table(recordings: list[Recording]) -> str:
-    float32, bfloat16 = KINDS[:2]
     lines = [
-        "| lie | which is | smallest | median | noticed, float32 | noticed, bfloat16 |",
-        "|---|---|---|---|---|---|",
+        "| lie | which is | said to be | smallest | median | tokens noticed | answers noticed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for lie, what in WHAT.items():
-        apart = lie_distances(recordings, lie, float32)
-        shares = [float(_noticed(recordings, lie, kind).mean()) for kind in (float32, bfloat16)]
-        lines.append(
-            f"| {lie} | {what} | {apart.min():.2f} | {np.median(apart):.2f} | {shares[0]:.1%} | {shares[1]:.1%} |"
-        )
+        for kind in (FLOAT32, BFLOAT16):
+            spans = told(recordings, lie, kind)
+            apart = torch.cat([span.apart for span in spans])
+            tokens = torch.cat([span.apart > span.within.token for span in spans]).double().mean()
+            answers = [
+                bool((row > span.within.token).any()) or finds(row, span.within.typical)
+                for span in spans
+                for row in span.apart
+            ]
+            cells = f"{apart.min():.2f} | {apart.median():.2f} | {tokens:.1%} | {np.mean(answers):.1%}"
+            lines.append(f"| {lie} | {what} | {kind.dtype} | {cells} |")
     return "\n".join(lines)
+
+
+def _signs(spans: list[Told]) -> Signs:
+    """What of each token is further off than one may be, and than the median may be."""
+    alone, typical = (
+        np.stack([(span.apart > getattr(span.within, name)).flatten().numpy() for span in spans])
+        for name in ("token", "typical")
+    )
+    return Signs(alone, typical)
 
 
 def _odds_section(recordings: list[Recording], scale: float, rng: np.random.Generator) -> list[str]:
@@ -224,12 +174,12 @@ def _odds_section(recordings: list[Recording], scale: float, rng: np.random.Gene
         " tokens shown before | wrong tokens that got through | with 10 % of auditors alike |"
     )
     lines, bars = [head, "|---" * 10 + "|"], []
-    for name, (lie, habit) in HABITS.items():
-        noticed = _noticed(recordings, lie, KINDS[0])
+    for name, (lie, kind, habit) in HABITS.items():
+        signs = _signs(told(recordings, lie, kind))
         for rate in RATES:
-            short = odds(noticed, habit, rate, int(DRAWN * scale), SHORT, rng)
-            long = odds(noticed, habit, rate, int(DRAWN_LONG * scale), LONG, rng)
-            alike = odds(noticed, habit, rate, int(DRAWN_LONG * scale), SHORT, rng, blind=SHARE)
+            short = odds(signs, habit, rate, int(DRAWN * scale), SHORT, rng)
+            long = odds(signs, habit, rate, int(DRAWN_LONG * scale), LONG, rng)
+            alike = odds(signs, habit, rate, int(DRAWN_LONG * scale), SHORT, rng, blind=SHARE)
             lines.append(_odds_row(name, rate, short, long, alike))
             if rate == 0.05 and name == NOISY:
                 bars.append(("a constant liar, 200 steps at 5 %", short.survives, short.survives_single, 1e-4))

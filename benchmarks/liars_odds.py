@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from client.sample import LEAST, MOST
+
 AT_ONCE = 20_000_000  # steps that are drawn at once
 
 Mask = NDArray[np.bool_]
@@ -25,6 +27,19 @@ class Habit:
         lies = rng.random(shape, dtype=np.float32) < self.share if self.share < 1 else np.ones(shape, dtype=bool)
         lies[:, : self.first] = False
         return lies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Signs:
+    """Of recorded lies, [spans, tokens] each.
+
+    Attributes:
+        alone: is the token further off than any may be?
+        typical: is it further off than the median of several may be?
+    """
+
+    alone: Mask
+    typical: Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +62,12 @@ class Odds:
 
 
 def odds(
-    noticed: Mask, habit: Habit, rate: float, sessions: int, steps: int, rng: np.random.Generator, blind: float = 0.0
+    signs: Signs, habit: Habit, rate: float, sessions: int, steps: int, rng: np.random.Generator, blind: float = 0.0
 ) -> Odds:
     """Draws sessions.
 
     Args:
-        noticed: for recorded lies, whether the comparison finds them; steps take theirs from it at random.
+        signs: of what the liar says; each session is in one of the spans, and its steps take theirs from it at random.
         rate: of audits, per step.
         blind: share of sessions whose auditor lies alike.
     """
@@ -62,10 +77,13 @@ def odds(
     for count in _portions(sessions, steps):
         shape = (count, steps)
         lies = habit.lies(rng, shape)
-        seen = lies & noticed[rng.integers(0, len(noticed), shape)]
-        seen &= rng.random((count, 1)) >= blind
+        spans, tokens = signs.alone.shape
+        drawn = rng.integers(0, spans, (count, 1)), rng.integers(0, tokens, shape)
+        sees = rng.random((count, 1)) >= blind
+        seen = lies & signs.alone[drawn] & sees
         audits = rng.random(shape, dtype=np.float32) < rate
         single += int((~(audits & seen).any(axis=1)).sum())
+        seen |= _typical(lies & signs.typical[drawn]) & sees
         hit = audits & np.logical_or.accumulate(seen, axis=1)  # an audit looks at all steps before it, too
         found.append(np.where(hit.any(axis=1), hit.argmax(axis=1), steps))
         first.append(np.where(lies.any(axis=1), lies.argmax(axis=1), steps))
@@ -78,6 +96,15 @@ def odds(
         unseen=float(((steps - began) * escaped).sum() / (sessions * steps)),
         shown=float((at - began)[~escaped].mean()) if not escaped.all() else np.inf,
     )
+
+
+def _typical(far: Mask) -> Mask:
+    """At which steps is the median of the tokens that are kept too far off, if these are?"""
+    steps = far.shape[1]
+    count = np.cumsum(far, axis=1, dtype=np.int32)
+    count[:, MOST:] -= count[:, :-MOST].copy()
+    compared = np.minimum(np.arange(1, steps + 1), MOST)
+    return (2 * count > compared) & (compared >= LEAST)
 
 
 def _portions(sessions: int, steps: int) -> Iterator[int]:

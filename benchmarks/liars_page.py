@@ -61,33 +61,48 @@ the first token in doubt.
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
 a budget), or was told by a peer that was replaced since; rows with padding, and rows that were moved about, as in beam
 search; passes without a cache. A peer that says that it kept nothing is not avoided for it, though a liar may say so.
-**Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within the tolerance,
-which is that of the kind of peer that the liar says it is; what a peer reads.
+**Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within both bounds below,
+which are those of the kind of peer that the liar says it is: weights of 8 bits that are said to have 16, for one; what
+is beyond the second one alone in fewer than {least} tokens, or in less than half of them; what a peer reads.
 
 ## Tolerance
 
 Two honest peers start from the same bytes and do not get the same ones: number formats, kernels, one token at a time
 against many at once, and the codec's rounding of what comes out. Their distance for a token is the L2 norm of the
-difference over the larger norm. `client/tolerance.py` adds up what each side's number format, quantisation and the
-codec were found to contribute, and allows {margin} times that (2.4 in bfloat16): real models are wider and deeper, GPUs
-are not CPUs. Weights of 8 or 4 bits are another model, nearly: where only one side has them, twice what that was found
-to do is
-allowed besides, so that only their like is compared closely. That is why auditors of the same kind are taken first.
+difference over the larger norm. There are two bounds (`client/tolerance.py`):
 
-Measured on activations of the demo model, three spans, audited peers one token at a time, auditors up to 512 at once:
+- **for each token**. It adds up what each side's number format, quantisation and the codec were found to contribute at
+  most, and allows {margin} times that: real models are wider and deeper, GPUs are not CPUs. Weights of 8 or 4 bits are
+  another model, nearly: where only one side has them, twice what that was found to do is allowed besides, so that only
+  their like is compared closely. That is why auditors of the same kind are taken first.
+- **for the median** of the tokens that were compared last at a hop: of {least} at least, of {most} at most, one row of
+  each. Some honest tokens are far off, but most are not, while who computes with coarser weights than it says is off in
+  all of them. What is allowed is {typical} times the median that was found: a part for each block (rounding is as good
+  as independent from block to block, so squares add up), and one for each time that results are encoded. A third peer
+  decides here, too, by medians over the same tokens. In doubt is all that the hop has computed in the session, from the
+  first token that was compared.
+
+Measured on activations of the demo model, three spans of 9, 6 and 9 blocks, audited peers one token at a time, auditors
+up to 512 at once, with the codec `int8`. *In a row* is the median of up to {most} tokens in a row that came nearest to
+what its span allows of it:
+"""
+
+LENGTHS: Final = """\
+Medians in hops of few and of many blocks:
 """
 
 TAIL: Final = """
-- **noticed**: share of lies that are further off than two honest peers of that number format may be, with codec
-  `int8`.
-- **survives**: share of sessions with one liar in which it was not found; its auditor is honest and computes in
-  float32, too. *Drawn step alone*: the same, if only the drawn step were compared, which is what arithmetic says of
-  audits.
+- **tokens noticed**: share of lies that are further off than a token of two honest peers of that number format may
+  be, with codec `int8`. **Answers noticed**: share of answers of 176 tokens, each at one of the three hops, in which
+  one is, or in which the median of some in a row is further off than it may be.
+- **survives**: share of sessions with one liar, at any of the three hops, in which it was not found; its auditor is
+  honest and computes in the number format that the liar announces: float32, unless another one is named. *Drawn step
+  alone*: the same, if only the drawn step were compared, each for itself.
 - **tokens shown before**: mean number of tokens, from the first lie on, that came before the liar was found.
   `generate` corrects them; whoever streams has seen them.
 - **wrong tokens that got through**: with 10 % liars of that kind among the peers, three hops, answers of 200 tokens:
   the share of all tokens that come after a lie and were returned. All after the first lie count as wrong.
 - **with 10 % of auditors alike**: the same, if one auditor in ten lies in the same way and so agrees.
 - *wrong for one client* is a constant liar to that client, which does its own audits: others notice nothing, and need
-  not. Lies of the last three rows are noise.
+  not. Lies of the last three kinds are noise.
 """

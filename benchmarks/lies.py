@@ -25,13 +25,15 @@ from slicing import SpanModel, load_span, resolve
 from slicing.quantized import Quantization
 from tensor_codecs import codec
 
-KINDS: Final = (Kind("float32", "none"), Kind("bfloat16", "none"), Kind("float32", "int8"), Kind("float32", "nf4"))
+FLOAT32: Final = Kind("float32", "none")
+BFLOAT16: Final = Kind("bfloat16", "none")
+KINDS: Final = tuple(Kind(dtype, weights) for weights in ("none", "int8", "nf4") for dtype in ("float32", "bfloat16"))
 PROMPT_TOKENS: Final = 24  # at once, before the tokens that come one by one
 AT_ONCE: Final = 4  # sessions in a pass, as peers do it with tokens of several
 SEED: Final = 23
 
-Lie = Callable[["Recording"], Tensor]
-"""What a liar gives in place of the honest outputs, float32 [sessions, tokens, H]."""
+Lie = Callable[["Recording", Kind], Tensor]
+"""What a liar that says it is of this kind gives in place of honest outputs, float32 [sessions, tokens, H]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,15 +53,10 @@ class Recording:
     bulk: dict[Kind, Tensor]
     smaller: Tensor
 
-    @property
-    def honest(self) -> Tensor:
-        """Of a peer that computes in float32, token by token."""
-        return self.single[KINDS[0]]
-
 
 def name_of(kind: Kind) -> str:
     """As tables show it."""
-    return kind.quantization if kind.quantization not in ("", "none") else kind.dtype
+    return kind.dtype if kind.quantization in ("", "none") else f"{kind.quantization}, {kind.dtype}"
 
 
 @torch.inference_mode()
@@ -70,17 +67,22 @@ def record(sessions: int, tokens: int, codec_name: str) -> list[Recording]:
         inputs = crossed(hidden, codec_name)
         single, bulk = {}, {}
         for kind in KINDS:
-            model = _span_model(span, kind)
-            single[kind] = crossed(
-                torch.cat([_token_by_token(model, part) for part in inputs.split(AT_ONCE)]), codec_name
-            )
-            bulk[kind] = crossed(torch.stack([_many_at_once(model, row) for row in inputs]), codec_name)
+            single[kind], bulk[kind] = computed(span, kind, inputs, codec_name)
         whole, _ = load()
         order = tuple(i for i in range(span.start, span.stop) if (i - span.start) % 3 != 2)
         *_, smaller = run_chain(whole, inputs, order)
         found.append(Recording(span, inputs, single, bulk, crossed(smaller, codec_name)))
-        hidden = single[KINDS[0]]
+        hidden = single[FLOAT32]
     return found
+
+
+@torch.inference_mode()
+def computed(span: Span, kind: Kind, inputs: Tensor, codec_name: str) -> tuple[Tensor, Tensor]:
+    """What a peer makes of sessions token by token, and many tokens at once; both as the other side sees it."""
+    model = _span_model(span, kind)
+    single = torch.cat([_token_by_token(model, part) for part in inputs.split(AT_ONCE)])
+    bulk = torch.stack([_many_at_once(model, row) for row in inputs])
+    return crossed(single, codec_name), crossed(bulk, codec_name)
 
 
 @torch.inference_mode()
@@ -126,31 +128,32 @@ def _many_at_once(model: SpanModel, row: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- the ways to lie
 
 
-def _noise(recording: Recording) -> Tensor:
-    honest = recording.honest
+def _noise(recording: Recording, kind: Kind) -> Tensor:
+    honest = recording.single[kind]
     noise = torch.randn(honest.shape, generator=torch.Generator().manual_seed(SEED))
     return noise * honest.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
-def _faint_noise(recording: Recording) -> Tensor:
-    return recording.honest + 0.3 * _noise(recording)
+def _faint_noise(recording: Recording, kind: Kind) -> Tensor:
+    return recording.single[kind] + 0.3 * _noise(recording, kind)
 
 
-def _sign_flips(recording: Recording) -> Tensor:
-    flips = torch.rand(recording.honest.shape, generator=torch.Generator().manual_seed(SEED)) < 0.25
-    return torch.where(flips, -recording.honest, recording.honest)
+def _sign_flips(recording: Recording, kind: Kind) -> Tensor:
+    honest = recording.single[kind]
+    flips = torch.rand(honest.shape, generator=torch.Generator().manual_seed(SEED)) < 0.25
+    return torch.where(flips, -honest, honest)
 
 
-def _stale(recording: Recording) -> Tensor:
-    return recording.honest.roll(1, dims=1)
+def _stale(recording: Recording, kind: Kind) -> Tensor:
+    return recording.single[kind].roll(1, dims=1)
 
 
-def _smaller(recording: Recording) -> Tensor:
+def _smaller(recording: Recording, kind: Kind) -> Tensor:
     return recording.smaller
 
 
-def _coarser(recording: Recording) -> Tensor:
-    return recording.single[KINDS[-1]]
+def _with_weights(quantization: str) -> Lie:
+    return lambda recording, kind: recording.single[Kind(kind.dtype, quantization)]
 
 
 LIES: Final[dict[str, Lie]] = {
@@ -159,7 +162,8 @@ LIES: Final[dict[str, Lie]] = {
     "sign flips": _sign_flips,
     "stale outputs": _stale,
     "a smaller model's outputs": _smaller,
-    "nf4 weights, said to be float32": _coarser,
+    "nf4 weights": _with_weights("nf4"),
+    "int8 weights": _with_weights("int8"),
 }
 WHAT: Final[dict[str, str]] = {
     "noise": "Gaussian noise of the output's norm in its place",
@@ -167,7 +171,8 @@ WHAT: Final[dict[str, str]] = {
     "sign flips": "one value in four with the other sign",
     "stale outputs": "the output of the token before",
     "a smaller model's outputs": "every third block left out",
-    "nf4 weights, said to be float32": "honestly computed, with weights of 4 bits",
+    "nf4 weights": "honestly computed, with weights of 4 bits, where none are announced",
+    "int8 weights": "the same with 8 bits",
 }
 
 

@@ -4,7 +4,7 @@ A step that is drawn is looked at after the fact, beside the session: its answer
 the keys and values of all tokens before, it computes all steps up to the one that was drawn, and all of them are
 compared that were not before. Nothing tells a peer that it will be audited before it has signed what it sent.
 
-    step ─► note ─► drawn? ─► _account: what went in and came out, as the digests say ─► Shadow.run ─► first_mismatch
+    step ─► note ─► drawn? ─► _account: what went in and came out, as the digests say ─► Shadow.run ─► compare
                                       └─► Mismatch ─► a third peer ─► verdict.judge ─► blame, and the session is doubted
 """
 
@@ -20,16 +20,17 @@ from dataclasses import dataclass, field, replace
 from client.account import Account, Recanted, Unaudited, recalled
 from client.blame import Blame
 from client.chain import Link
-from client.comparison import Mismatch, first_mismatch
+from client.comparison import Mismatch, compare
 from client.config import ClientConfig
 from client.hop import Hop
 from client.open_chain import OpenChain
 from client.own_blocks import OwnBlocks, OwnShadow
 from client.peers import Peers
 from client.replicas import Replicas
+from client.sample import Sample
 from client.shadow import Recomputation, Shadow
 from client.spec import SessionSpec
-from client.tolerance import bound, kind_of
+from client.tolerance import Kind, Tolerance, kind_of
 from client.verdict import Distance, judge
 from protocol.errors import Doubted, PotluckError, SessionLost
 from protocol.journal import ROW_OPS, Entry, StepLog
@@ -57,17 +58,20 @@ class _Case:
 
     Attributes:
         wanted: the latest step that was drawn; None: none is waiting.
+        sample: of what was compared with this shadow.
         is_undecided: it and its only replica differ: there is nothing to be learned any more.
     """
 
     hop: Hop
     wanted: int | None = None
     shadow: Recomputation | None = None
+    sample: Sample = field(default_factory=Sample)
     task: asyncio.Task[None] | None = None
     is_undecided: bool = False
 
     def drop_shadow(self) -> None:
         shadow, self.shadow = self.shadow, None
+        self.sample = Sample()
         if shadow is not None:
             shadow.dismiss()
 
@@ -210,9 +214,9 @@ class Auditor:
         if account is None:
             return
         recomputed = await shadow.run(account.inputs, self._config.step_timeout_s)
-        limit = bound(kind_of(case.hop.link.peer), shadow.kind, self._spec.codec)
+        within = self._within(case.hop, kind_of(case.hop.link.peer), shadow)
         tokens, mismatch = await asyncio.to_thread(
-            first_mismatch, account.inputs, account.outputs, recomputed, limit, step_id
+            compare, account.inputs, account.outputs, recomputed, within, step_id, case.sample
         )
         self.stats.audits += 1
         self.stats.tokens += tokens
@@ -236,6 +240,12 @@ class Auditor:
             self._convict(liar.hop, self._starts[liar.step_id], "recalls something else than it sent")
             return None
         return account
+
+    def _within(self, hop: Hop, kind: Kind, *shadows: Recomputation) -> Tolerance:
+        """How far the results of the first of these shadows may be from those of this kind of peer, which may be the
+        second one's."""
+        crossings = 1 + sum(shadow.n_hops - 1 for shadow in shadows)
+        return Tolerance.between(shadows[0].kind, kind, self._spec.codec, len(hop.link.span), crossings)
 
     def _own_shadow(self, link: Link) -> OwnShadow | None:
         """This client as the shadow of a hop, if it has its blocks, and compares them as closely as others would."""
@@ -286,8 +296,8 @@ class Auditor:
             if account is None:
                 return None, None
             tensors = await third.run(account.inputs, self._config.step_timeout_s)
-            to_hop = bound(third.kind, kind_of(hop.link.peer), self._spec.codec)
-            to_shadow = bound(third.kind, shadow.kind, self._spec.codec)
+            to_hop = self._within(hop, kind_of(hop.link.peer), third)
+            to_shadow = self._within(hop, shadow.kind, third, shadow)
             return mismatch.from_third(account.inputs, tensors, to_hop, to_shadow)
         except (Unaudited, PotluckError) as error:
             logger.debug("there is no third peer to decide: %s", error)

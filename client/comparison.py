@@ -1,61 +1,78 @@
-"""A hop's outputs and a shadow's, token by token: which is the first that is too far off? Not for an event loop."""
+"""A hop's outputs and a shadow's, token by token: which are too far off? Not for an event loop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import torch
 from torch import Tensor
 
+from client.sample import Compared, Sample
 from client.shadow import hidden_of
-from client.tolerance import distances
+from client.tolerance import Tolerance, row_distances
 from client.verdict import Distance
 from protocol.journal import Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """The first token for which hop and shadow give what differs by more than it may.
+    """Tokens for which hop and shadow give what differs by more than it may.
 
     Attributes:
         step_id: up to which both were compared.
-        position: of the token, in the caches.
-        committed, recomputed: the hop's output for it and the shadow's, [..., rows, 1, H].
+        position: of the first token in doubt, in the caches.
+        tokens: the one that is too far off, or several whose median is.
+        apart: how far that is.
     """
 
     step_id: int
     position: int
-    committed: Tensor
-    recomputed: Tensor
+    tokens: tuple[Compared, ...]
     apart: Distance
 
     def from_third(
-        self, inputs: Sequence[Entry], tensors: Sequence[Tensor], to_hop: float, to_shadow: float
+        self, inputs: Sequence[Entry], tensors: Sequence[Tensor], to_hop: Tolerance, to_shadow: Tolerance
     ) -> tuple[Distance, Distance] | tuple[None, None]:
-        """How far what a third peer computed from the same inputs is from both; None: it has no such token.
+        """How far what a third peer computed from the same inputs is from both, for the same tokens; None: it has not
+        all of these.
 
         Args:
             tensors: what came out for each of `inputs`, [..., rows, tokens, H].
             to_hop, to_shadow: how far it may be from the hop's outputs, and from the shadow's.
         """
-        found = _by_position(inputs, tensors).get(self.position)
-        if found is None:
-            return None, None
-        committed, recomputed = (float(_apart(found, each)) for each in (self.committed, self.recomputed))
-        return Distance(committed, to_hop), Distance(recomputed, to_shadow)
+        computed, committed, recomputed = _by_position(inputs, tensors), list[float](), list[float]()
+        for token in self.tokens:
+            found = computed.get(token.position)
+            if found is None or token.row >= found.shape[-3]:
+                return None, None
+            row = found.narrow(-3, token.row, 1)
+            committed.append(float(_apart(row, token.committed).amax()))
+            recomputed.append(float(_apart(row, token.recomputed).amax()))
+        count = len(self.tokens)
+        return (
+            Distance(median_low(committed), to_hop.of(count)),
+            Distance(median_low(recomputed), to_shadow.of(count)),
+        )
 
 
-def first_mismatch(
-    inputs: Sequence[Entry], outputs: Sequence[Entry], recomputed: Sequence[Tensor], limit: float, step_id: int
+def compare(
+    inputs: Sequence[Entry],
+    outputs: Sequence[Entry],
+    recomputed: Sequence[Tensor],
+    within: Tolerance,
+    step_id: int,
+    sample: Sample,
 ) -> tuple[int, Mismatch | None]:
     """Compares the tokens that are in both logs, which may have joined or cropped them differently: how many, and the
-    first one that is too far off.
+    first that are too far off.
 
     Args:
         recomputed: what a shadow made of each of `inputs`, [..., rows, tokens, H].
-        limit: relative distance from which on a token is too far off.
+        within: how far tokens may be off.
         step_id: up to which the logs go.
+        sample: of the tokens that were compared before; these are added.
 
     Raises:
         PeerFault: outputs cannot be read.
@@ -63,15 +80,20 @@ def first_mismatch(
     computed = _by_position(inputs, recomputed)
     committed = _by_position(outputs, [hidden_of(entry) for entry in outputs])
     positions = sorted(computed.keys() & committed.keys())
-    if not positions:
-        return 0, None
-    apart = torch.stack([_apart(committed[position], computed[position]) for position in positions])
-    wrong = (apart > limit).nonzero().flatten().tolist()
-    if not wrong:
-        return len(positions), None
-    position = positions[wrong[0]]
-    far = Distance(float(apart[wrong[0]]), limit)
-    return len(positions), Mismatch(step_id, position, committed[position], computed[position], far)
+    typical: list[Compared] = []
+    for position in positions:
+        one, other = committed[position], computed[position]
+        apart = _apart(one, other)
+        worst = int(apart.argmax())
+        if apart[worst] > within.token:
+            token = _row(position, one, other, apart, worst)
+            return len(positions), Mismatch(step_id, position, (token,), Distance(token.apart, within.token))
+        typical.append(_row(position, one, other, apart, position % len(apart)))  # of each row now and then
+    if far := sample.take(typical, within.typical):
+        assert sample.first is not None
+        median = Distance(median_low([token.apart for token in far]), within.typical)
+        return len(positions), Mismatch(step_id, sample.first, far, median)
+    return len(positions), None
 
 
 def _by_position(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -83,8 +105,15 @@ def _by_position(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> dict[in
     }
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """Of one token, float64 []; what has another shape is as far off as can be."""
+def _row(position: int, one: Tensor, other: Tensor, apart: Tensor, row: int) -> Compared:
+    """One row of a token whose rows are so far apart; of another shape, all that there is."""
     if one.shape != other.shape:
-        return torch.tensor(torch.inf, dtype=torch.float64)
-    return distances(one, other).amax()
+        return Compared(row, position, one, other, float(apart[row]))
+    return Compared(row, position, one.narrow(-3, row, 1), other.narrow(-3, row, 1), float(apart[row]))
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """Of one token's rows, float64 [rows]; what has another shape is as far off as can be."""
+    if one.shape != other.shape:
+        return torch.full((1,), torch.inf, dtype=torch.float64)
+    return row_distances(one, other).flatten()

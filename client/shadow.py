@@ -38,7 +38,10 @@ class Recomputation(abc.ABC):
 
     Attributes:
         next_step: the first step of the session that it has not computed.
+        n_hops: how many compute one after the other, and encode what comes out.
     """
+
+    n_hops = 1
 
     def __init__(self) -> None:
         self.next_step = 0
@@ -110,6 +113,7 @@ class Shadow(Recomputation):
         self._inbox = Inbox()
         secret = secrets.token_bytes(SESSION_ID_BYTES)
         self._hops = [Hop(link, peers.channel(link.peer), secret, self._inbox) for link in links]
+        self.n_hops = len(self._hops)
 
     @property
     def peer_ids(self) -> frozenset[str]:

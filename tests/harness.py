@@ -23,6 +23,7 @@ from protocol.limits import MESSAGE_BYTES, WIRE_VERSION
 from protocol.messages import Open
 from protocol.span import Span
 from slicing import fingerprint, legal_cuts, load_config, load_span, n_blocks, resolve
+from slicing.quantized import Quantization
 from tensor_codecs import dtype_name, names
 
 STOP_GRACE_S = 0.05
@@ -52,10 +53,11 @@ async def open_host(
     index: int = 0,
     dtype: torch.dtype = torch.float32,
     entry: Entry | None = None,
+    quantization: Quantization = "none",
     **settings: object,
 ) -> AsyncIterator[SpanHost]:
-    """One peer's serving half on loopback."""
-    model = load_span(resolve(str(folder)), span, dtype=dtype)
+    """One peer's serving half on loopback. Its record does not say how its weights are quantised."""
+    model = load_span(resolve(str(folder)), span, dtype=dtype, quantization=quantization)
     options: dict[str, object] = {
         "host": "127.0.0.1",
         "kv_tokens": 4096,

@@ -141,12 +141,19 @@ def local(*spans: str, first_identity: int = 0, client: ClientConfig = CLIENT, *
 
 
 class _Hosts:
-    """Peers that are opened and closed by the same task, as their task groups want it."""
+    """Peers that are opened and closed by the same task, as their task groups want it.
 
-    def __init__(self, folder: Path, spans: Sequence[str], first_identity: int) -> None:
+    Args:
+        loads: how each of them loads its blocks, see `tests.harness.open_host`; none: in float32.
+    """
+
+    def __init__(
+        self, folder: Path, spans: Sequence[str], first_identity: int, loads: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._folder = folder
         self._first_identity = first_identity
         self._spans = spans
+        self._loads = loads or [{}] * len(spans)
         self._end = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -160,9 +167,11 @@ class _Hosts:
             opened.set_result(
                 [
                     await stack.enter_async_context(
-                        open_host(self._folder, Span.parse(span), index, kv_tokens=MANY_TOKENS)
+                        open_host(self._folder, Span.parse(span), index, kv_tokens=MANY_TOKENS, **load)
                     )
-                    for index, span in enumerate(self._spans, self._first_identity)
+                    for index, (span, load) in enumerate(
+                        zip(self._spans, self._loads, strict=True), self._first_identity
+                    )
                 ]
             )
             await self._end.wait()

@@ -251,7 +251,7 @@ def test_who_computes_differently_than_it_signed_is_found_by_what_it_recalls(
 ) -> None:
     """The first hop's outputs are recalled from it: they must be those that it signed."""
     host = peers.hosts[0]
-    compute, honestly = cast(Any, host.service)._compute, cast(Any, host.service)._compute.run
+    compute, honestly = cast(Any, host.house).compute, host.house.compute.run
 
     async def run(function: Any, *arguments: Any) -> Any:
         found = await honestly(function, *arguments)

@@ -7,7 +7,7 @@ import torch
 
 from client.blame import LIAR_S, Blame
 from client.config import ClientConfig
-from client.tolerance import Kind, bound, distances
+from client.tolerance import Kind, Tolerance, bound, distances, row_distances, typical
 from client.verdict import Distance, judge
 from protocol.errors import ConfigError
 
@@ -53,6 +53,27 @@ def test_coarser_numbers_may_be_further_apart() -> None:
         "what is not known is taken for the coarsest"
     )
     assert bound(Kind("float32", ""), Kind("float32", "none"), "none") == bound(kinds[0], kinds[0], "none")
+
+
+def test_what_is_typical_is_less_than_what_is_allowed_of_one_token() -> None:
+    bf16 = Kind("bfloat16", "none")
+    for kind in (Kind("float32"), bf16):
+        within = Tolerance.between(kind, bf16, "int8", 9)
+        assert within.of(64) == within.typical < within.of(1) == within.token
+        assert within.typical < 0.057, "what 4 bits for weights were measured to do"
+    assert typical(bf16, bf16, "int8", 9) < typical(bf16, bf16, "int8", 24), "rounding adds up from block to block"
+    assert typical(bf16, bf16, "int8", 9) < typical(bf16, bf16, "int8", 9, crossings=3)
+    assert typical(bf16, Kind("bfloat16", "nf4"), "int8", 9) > 4 * 0.16
+    assert typical(Kind("x", "y"), bf16, "z", 9) >= typical(Kind("bfloat16", "nf4"), bf16, "int8", 9)
+
+
+def test_distances_of_rows_are_their_own() -> None:
+    one = torch.tensor([[[3.0, 4.0], [3.0, 4.0]], [[3.0, 4.0], [0.0, 0.0]]])
+    assert row_distances(one, one * torch.tensor([[[1.0], [-1.0]], [[1.0], [1.0]]])).tolist() == [
+        [0.0, 2.0],
+        [0.0, 0.0],
+    ]
+    assert row_distances(one[None], one[None]).shape == (2, 2), "what some models have before rows"
 
 
 def test_good_deeds_do_not_make_a_lie_forgotten() -> None:
