@@ -58,9 +58,14 @@ its `on_doubt(first)`, if it has that. At its end an answer waits for audits tha
 gateway makes an answer again that nobody has seen yet; one that is streamed ends with the error `doubted`, which names
 the first token in doubt.
 
+Rows that are moved about, as in beam search, an auditor moves likewise: as the client asked for it, not as a peer
+recalls it. Each such step is a pass of its own for the auditor. Padding means nothing, and is not compared; what is
+padding the client knows by itself. A hop that passes on other masks or positions than it was given contradicts itself,
+and is convicted by that alone.
+
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
-a budget), or was told by a peer that was replaced since; rows with padding, and rows that were moved about, as in beam
-search; passes without a cache. A peer that says that it kept nothing is not avoided for it, though a liar may say so.
+a budget), or was told by a peer that was replaced since; passes without a cache. A peer that says that it kept nothing
+is not avoided for it, though a liar may say so.
 **Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within both bounds below,
 which are those of the kind of peer that the liar says it is: weights of 8 bits that are said to have 16, for one; what
 is beyond the second one alone in fewer than {least} tokens, or in less than half of them; what a peer reads.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from client.hop import Hop
-from client.ledger import is_cropped, is_input, wrong_outputs
+from client.ledger import first_altered, is_cropped, is_input, wrong_outputs
 from protocol.journal import Entry, StepLog
 
 
@@ -15,12 +15,13 @@ class Unaudited(Exception):  # not an error, but why there is no result
 
 
 class Recanted(Exception):
-    """A peer recalls something else than it had said that it sent, from the step `step_id` on."""
+    """A peer contradicts what it had said itself, from the step `step_id` on. `why`: what it does."""
 
-    def __init__(self, hop: Hop, step_id: int) -> None:
-        super().__init__(f"{hop.name} recalls something else than it sent")
+    def __init__(self, hop: Hop, step_id: int, why: str = "recalls something else than it sent") -> None:
+        super().__init__(f"{hop.name} {why}")
         self.hop = hop
         self.step_id = step_id
+        self.why = why
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Account:
 
     Attributes:
         before: the hop that gave the inputs; None: the client itself.
+        is_last: nobody comes after the hop, and hidden states are all that it gives.
     """
 
     hop: Hop
@@ -36,6 +38,7 @@ class Account:
     first_step: int
     inputs: list[Entry]
     outputs: list[Entry]
+    is_last: bool
 
     def check(self) -> None:
         """Compares it with what its peers said and signed.
@@ -54,6 +57,8 @@ class Account:
                 raise Unaudited("what it sent was cropped since")
         if not is_input(self.hop.ledger, self.inputs, self.first_step):
             raise Unaudited("what it was told is no longer known")
+        if not self.is_last and (step_id := first_altered(self.inputs, self.outputs)) is not None:
+            raise Recanted(self.hop, step_id, "passes on other positions or masks than it was given")
 
 
 async def recalled(
@@ -82,4 +87,4 @@ async def recalled(
     else:
         left = await hop.recall(first_step)
     entered, left = ([entry for entry in log if entry.step_id <= step_id] for log in (entered, left))
-    return Account(hop, before, first_step, entered, left)
+    return Account(hop, before, first_step, entered, left, hop is hops[-1])

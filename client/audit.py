@@ -23,8 +23,10 @@ from client.chain import Link
 from client.comparison import Mismatch, compare
 from client.config import ClientConfig
 from client.hop import Hop
+from client.moves import Moves
 from client.open_chain import OpenChain
 from client.own_blocks import OwnBlocks, OwnShadow
+from client.padding import meaningful_rows
 from client.peers import Peers
 from client.replicas import Replicas
 from client.sample import Sample
@@ -33,12 +35,10 @@ from client.spec import SessionSpec
 from client.tolerance import Kind, Tolerance, kind_of
 from client.verdict import Distance, judge
 from protocol.errors import Doubted, PotluckError, SessionLost
-from protocol.journal import ROW_OPS, Entry, StepLog
-from protocol.messages import ATTENTION_MASK, StepResult
+from protocol.journal import Entry, StepLog
+from protocol.messages import StepResult
 
 logger = logging.getLogger(__name__)
-
-PADDED = "its rows are padded, or were moved about"
 
 
 @dataclass(slots=True)
@@ -115,6 +115,7 @@ class Auditor:
         self._audits = config.audit > 0 and not spec.stateless
         self._results = StepLog(keeps_all=True)  # what came out of the last block
         self._starts: list[int] = []  # position of each step
+        self._moves = Moves()
         self._cases: dict[Hop, _Case] = {}
 
     def note(self, entry: Entry, result: StepResult) -> None:
@@ -128,10 +129,7 @@ class Auditor:
         self._look_at_ledgers(hops)
         if not self._audits:
             return
-        if _moves_rows(entry):
-            self._audits = False  # padding is computed differently among others, and an old row may be anywhere
-            self.stats.unaudited[PADDED] += 1
-            return
+        self._moves.note(entry)
         self._results.put(replace(Entry.of(result.step), ops=entry.ops, trace=()))
         for hop in hops:
             if self._rng.random() < self._config.audit:
@@ -210,13 +208,14 @@ class Auditor:
         await self._compare(case, case.shadow, step_id)
 
     async def _compare(self, case: _Case, shadow: Recomputation, step_id: int) -> None:
+        rows = await asyncio.to_thread(meaningful_rows, self._inputs.recall(shadow.next_step))  # before more is cropped
         account = await self._account(case.hop, shadow.next_step, step_id)
         if account is None:
             return
-        recomputed = await shadow.run(account.inputs, self._config.step_timeout_s)
+        recomputed = await shadow.run(account.inputs, self._moves, self._config.step_timeout_s)
         within = self._within(case.hop, kind_of(case.hop.link.peer), shadow)
         tokens, mismatch = await asyncio.to_thread(
-            compare, account.inputs, account.outputs, recomputed, within, step_id, case.sample
+            compare, account.inputs, account.outputs, recomputed, within, step_id, case.sample, rows
         )
         self.stats.audits += 1
         self.stats.tokens += tokens
@@ -232,12 +231,10 @@ class Auditor:
             PotluckError: a peer does not tell.
         """
         account = await recalled(hop, self._chain.hops, self._inputs, self._results, first_step, step_id)
-        if not self._audits:  # since a step that came meanwhile
-            raise Unaudited(PADDED)
         try:
             account.check()
         except Recanted as liar:
-            self._convict(liar.hop, self._starts[liar.step_id], "recalls something else than it sent")
+            self._convict(liar.hop, self._starts[liar.step_id], liar.why)
             return None
         return account
 
@@ -295,7 +292,7 @@ class Auditor:
             account = await self._account(hop, 0, mismatch.step_id)
             if account is None:
                 return None, None
-            tensors = await third.run(account.inputs, self._config.step_timeout_s)
+            tensors = await third.run(account.inputs, self._moves, self._config.step_timeout_s)
             to_hop = self._within(hop, kind_of(hop.link.peer), third)
             to_shadow = self._within(hop, shadow.kind, third, shadow)
             return mismatch.from_third(account.inputs, tensors, to_hop, to_shadow)
@@ -337,7 +334,3 @@ class Auditor:
         for case in self._cases.values():
             case.drop_shadow()
         self._cases.clear()
-
-
-def _moves_rows(entry: Entry) -> bool:
-    return any(op.kind in ROW_OPS for op in entry.ops) or any(p.spec.name == ATTENTION_MASK for p in entry.parts)

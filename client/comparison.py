@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -64,6 +64,7 @@ def compare(
     within: Tolerance,
     step_id: int,
     sample: Sample,
+    rows: Mapping[int, Tensor],
 ) -> tuple[int, Mismatch | None]:
     """Compares the tokens that are in both logs, which may have joined or cropped them differently: how many, and the
     first that are too far off.
@@ -73,6 +74,7 @@ def compare(
         within: how far tokens may be off.
         step_id: up to which the logs go.
         sample: of the tokens that were compared before; these are added.
+        rows: those of a position that mean something, int64; all of them, where a position is not among these.
 
     Raises:
         PeerFault: outputs cannot be read.
@@ -84,11 +86,17 @@ def compare(
     for position in positions:
         one, other = committed[position], computed[position]
         apart = _apart(one, other)
-        worst = int(apart.argmax())
+        meaningful = list(range(len(apart)))
+        if position in rows and one.shape == other.shape:
+            meaningful = [row for row in rows[position].tolist() if row < len(apart)]
+        if not meaningful:
+            continue
+        worst = max(meaningful, key=apart.tolist().__getitem__)
         if apart[worst] > within.token:
             token = _row(position, one, other, apart, worst)
             return len(positions), Mismatch(step_id, position, (token,), Distance(token.apart, within.token))
-        typical.append(_row(position, one, other, apart, position % len(apart)))  # of each row now and then
+        row = meaningful[position % len(meaningful)]  # of each one now and then
+        typical.append(_row(position, one, other, apart, row))
     if far := sample.take(typical, within.typical):
         assert sample.first is not None
         median = Distance(median_low([token.apart for token in far]), within.typical)

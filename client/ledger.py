@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from protocol.errors import PeerFault
 from protocol.journal import Entry, joined
-from protocol.messages import HopTrace
+from protocol.messages import HIDDEN, HopTrace
 from protocol.receipts import Line
 
 MOST_STEPS = 1 << 17  # of a session at one hop
@@ -124,3 +124,24 @@ def is_input(ledger: Ledger, inputs: Sequence[Entry], first_step: int) -> bool:
         if told and joined(told).digest() != ledger.received(step_id):
             return False
     return not left
+
+
+def first_altered(inputs: Iterable[Entry], outputs: Iterable[Entry]) -> int | None:
+    """The first step whose output does not bring along what the input did beside hidden states; None: there is none.
+    Steps that were joined on one side are not judged."""
+    given = {entry.step_id: entry for entry in inputs}
+    for entry in outputs:
+        told = given.get(entry.step_id)
+        if told is None or (told.position, told.tokens) != (entry.position, entry.tokens):
+            continue
+        if _beside_hidden(told) != _beside_hidden(entry):
+            return entry.step_id
+    return None
+
+
+def _beside_hidden(entry: Entry) -> list[tuple[object, ...]]:
+    return [
+        (spec.name, spec.codec, spec.dtype, spec.shape, bytes(part.payload))
+        for part in entry.parts
+        if (spec := part.spec).name != HIDDEN
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,10 @@ from client.tolerance import Kind
 from protocol.errors import ConfigError, PeerFault, WireError
 from protocol.journal import Entry
 from protocol.messages import ATTENTION_MASK, HIDDEN, POSITION_IDS, token_axis
+from protocol.messages import CacheOp as WireOp
 from protocol.span import Span
 from slicing import CacheOp, ModelSource, SpanModel, load_span
+from slicing.cache import CacheOpKind
 from slicing.loading import Progress
 from tensor_codecs import codec, dtype_name, dtype_of
 
@@ -94,7 +96,7 @@ class OwnShadow(Recomputation):
         extras = {name: inputs[name].to(model.dtype) for name in model.extras & inputs.keys()}
         with self._blocks.one_pass:
             for op in entry.ops:
-                self._cache.apply(CacheOp(cast(Literal["crop", "record_past"], op.kind), *op.values[:1]))
+                self._cache.apply(_cache_op(op))
             output = model.step(
                 hidden,
                 self._cache,
@@ -106,6 +108,11 @@ class OwnShadow(Recomputation):
 
     def dismiss(self) -> None:
         """Nobody holds anything for it but this client, which lets go of it."""
+
+
+def _cache_op(op: WireOp) -> CacheOp:
+    kind = cast(CacheOpKind, op.kind)
+    return CacheOp(kind, op.values[0] if kind in ("crop", "repeat") else op.values or None)
 
 
 def _decoded(entry: Entry) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from client.chain import Link
 from client.hop import Hop
 from client.inbox import Inbox
+from client.moves import Moves
 from client.peers import Peers
 from client.spec import SessionSpec
 from client.tolerance import Kind, bound, kind_of
@@ -71,32 +72,40 @@ class Recomputation(abc.ABC):
     def dismiss(self) -> None:
         """It is not needed any more."""
 
-    async def run(self, entries: Sequence[Entry], timeout_s: float) -> list[Tensor]:
-        """Computes steps, many at once. Returns the hidden states that came out of each, [..., rows, tokens, H].
+    async def run(self, entries: Sequence[Entry], moves: Moves, timeout_s: float) -> list[Tensor]:
+        """Computes steps, many at once where nothing was done to rows between them. Returns the hidden states that came
+        out of each, [..., rows, tokens, H].
+
+        Args:
+            moves: what was done to rows.
 
         Raises:
             SessionLost: they do not go on where it is.
             PotluckError: one of its peers failed.
         """
-        journal, found = Journal([self._following(entry) for entry in entries]), list[Tensor]()
+        journal, found = Journal([self._following(entry, moves) for entry in entries]), list[Tensor]()
         for batch in journal.batches(PASS_TOKENS):
-            found.append(await self._compute(replace(batch, step_id=self._sent, trace=()), timeout_s))
+            output = await self._compute(replace(batch, step_id=self._sent, trace=()), timeout_s)
             self._sent += 1
-        if not found:
-            return []
-        self.next_step = entries[-1].step_id + 1
-        return list(torch.split(torch.cat(found, dim=-2), [entry.tokens for entry in entries], dim=-2))
+            start = 0
+            while start < batch.tokens:
+                tokens = entries[len(found)].tokens
+                found.append(output.narrow(-2, start, tokens))
+                start += tokens
+        return found
 
-    def _following(self, entry: Entry) -> Entry:
-        """The entry as it goes on where this is. Where it comes is in its digest, operations are not: no other is taken
-        over than the crop that follows from that."""
+    def _following(self, entry: Entry, moves: Moves) -> Entry:
+        """The entry as it goes on where this is. Where it comes is in its digest, operations are not: the crop that
+        follows from that is made, and what the client knows itself was done to rows."""
+        rows = moves.before(entry, self.next_step, is_empty=not self._tokens)
         crops = [op for op in entry.ops if op.kind == "crop" and op.values == (entry.position,)]
         if entry.position > self._tokens:
             raise SessionLost(f"it has {self._tokens} tokens, and what follows starts at {entry.position}")
         if entry.position < self._tokens and not crops:  # it was done to the log since, and rides on no step
             crops = [CacheOp("crop", (entry.position,))]
         self._tokens = entry.position + entry.tokens
-        return replace(entry, ops=(*(op for op in entry.ops if op.kind == "record_past"), *crops))
+        self.next_step = entry.step_id + 1
+        return replace(entry, ops=(*(op for op in entry.ops if op.kind == "record_past"), *rows, *crops))
 
 
 class Shadow(Recomputation):
@@ -148,7 +157,10 @@ class Shadow(Recomputation):
 
     async def _compute(self, entry: Entry, timeout_s: float) -> Tensor:
         result = await self._step(entry, timeout_s)
-        return await asyncio.to_thread(hidden_of, Entry.of(result.step))
+        output = Entry.of(result.step)
+        if output.tokens != entry.tokens:
+            raise PeerFault(f"{self.name} gave {output.tokens} tokens for {entry.tokens}")
+        return await asyncio.to_thread(hidden_of, output)
 
     async def _step(self, entry: Entry, timeout_s: float) -> StepResult:
         first, last = self._hops[0], self._hops[-1]
