@@ -63,9 +63,13 @@ recalls it. Each such step is a pass of its own for the auditor. Padding means n
 padding the client knows by itself. A hop that passes on other masks or positions than it was given contradicts itself,
 and is convicted by that alone.
 
+Passes without a cache (hidden states of whole texts, `use_cache=False`) are drawn and compared likewise. Their results
+are with the caller by then, and stay what they are: `on_event` is told, and the liar is not used again. Peers keep such
+a pass until its audits are through, for `audit_wait_s` at most.
+
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
-a budget), or was told by a peer that was replaced since; passes without a cache. A peer that says that it kept nothing
-is not avoided for it, though a liar may say so.
+a budget), or was told by a peer that was replaced since; what was not through when the session ended. A peer that says
+that it kept nothing is not avoided for it, though a liar may say so.
 **Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within both bounds below,
 which are those of the kind of peer that the liar says it is: weights of 8 bits that are said to have 16, for one; what
 is beyond the second one alone in fewer than {least} tokens, or in less than half of them; what a peer reads.

@@ -112,7 +112,7 @@ class Auditor:
         self._replicas = Replicas(spec, peers, blame, config)
         self._own = own
         self._rng = rng or random.Random()
-        self._audits = config.audit > 0 and not spec.stateless
+        self._audits = config.audit > 0
         self._results = StepLog(keeps_all=True)  # what came out of the last block
         self._starts: list[int] = []  # position of each step
         self._moves = Moves()
@@ -326,8 +326,9 @@ class Auditor:
 
     async def close(self) -> None:
         """Ends audits that are under way."""
-        running = [case.task for case in self._cases.values() if case.task is not None]
+        running = [case.task for case in self._cases.values() if case.task is not None and not case.task.done()]
         for task in running:
+            self.stats.unaudited["the session ended before"] += 1
             task.cancel()
         if running:
             await asyncio.wait(running)

@@ -26,7 +26,7 @@ from client.encoding import chunk_of, decoded, entry_of, row_axis, rows_of, wire
 from client.own_blocks import OwnBlocks
 from client.peers import ModelPeers
 from client.recorder import Recorder
-from client.session import Session
+from client.session import Lingering, Session
 from client.spec import SessionSpec
 from client.stats import SessionStats
 from client.swarm import Swarm
@@ -151,7 +151,9 @@ class RemoteBlocks:
         steps: list[Callable[[], Coroutine[Any, Any, StepResult]]] = []
         for portion in portions:
             seen = peers.planned({link.peer.peer_id for link in portion.chain})
-            session = self._new_session(seen, codec_name, rows=portion.stop - portion.start, stateless=True)
+            session = self._new_session(
+                seen, codec_name, rows=portion.stop - portion.start, stateless=True, auditors=peers
+            )
             sessions.append(session)
             steps.append(partial(session.step, entry_of(rows_of(whole, portion), 0, (), codec_name)))
         try:
@@ -159,8 +161,18 @@ class RemoteBlocks:
             outputs = [self._plausible(s, decoded(r, hidden)) for s, r in zip(sessions, results, strict=True)]
         finally:
             self._last(max(sessions, key=lambda session: session.spec.batch))
-            self._swarm.call(_all_of([session.close for session in sessions]))
+            self._close_settled(sessions)
         return torch.cat(outputs, dim=-3)
+
+    def _close_settled(self, sessions: Sequence[Session]) -> None:
+        """Frees sessions on their peers: now, but for those that are still audited."""
+        settled = []
+        for session in sessions:
+            if session.auditor.is_settled:
+                settled.append(session)
+            else:
+                self._swarm.close_later(Lingering(session))
+        self._swarm.call(_all_of([session.close for session in settled]))
 
     def _portions(self, peers: ModelPeers, whole: dict[str, Tensor], codec_name: str) -> tuple[Portion, ...]:
         """Which rows take which chain; all of them an open one, where they cannot be split or no chain is there yet."""
@@ -236,7 +248,14 @@ class RemoteBlocks:
         return session
 
     def _new_session(
-        self, peers: ModelPeers, codec_name: str, rows: int, *, max_tokens: int = 0, stateless: bool = False
+        self,
+        peers: ModelPeers,
+        codec_name: str,
+        rows: int,
+        *,
+        max_tokens: int = 0,
+        stateless: bool = False,
+        auditors: ModelPeers | None = None,
     ) -> Session:
         spec = SessionSpec(
             self.fingerprint,
@@ -246,7 +265,7 @@ class RemoteBlocks:
             max_tokens=max_tokens,
             stateless=stateless,
         )
-        return Session(spec, peers, self._swarm.blame, self._config, self._event, self._own)
+        return Session(spec, peers, self._swarm.blame, self._config, self._event, self._own, auditors)
 
     def _codec(self, peers: ModelPeers) -> str:
         usable = [peer for peer in peers.peers() if self._config.rules.allows(peer)]

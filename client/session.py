@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from client.audit import Auditor
@@ -36,7 +36,7 @@ from client.recorder import Recorder
 from client.spec import SessionSpec
 from client.stats import SessionStats
 from client.trial import Patience, Trial
-from protocol.errors import PeerFault, PotluckError, WireError
+from protocol.errors import Doubted, PeerFault, PotluckError, WireError
 from protocol.journal import Entry, StepLog
 from protocol.limits import IN_FLIGHT
 from protocol.messages import HIDDEN, Notice, Step, StepResult
@@ -52,6 +52,7 @@ class Session:
     Args:
         on_event: told, in one sentence, when the chain changes or when the session waits for peers.
         own: blocks that the client has itself, for audits.
+        auditors: the peers that audits may ask; None: the same.
 
     Attributes:
         record: what became of its steps, hop by hop; see `client.trace.trace_of`.
@@ -66,6 +67,7 @@ class Session:
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
         own: OwnBlocks | None = None,
+        auditors: Peers | None = None,
     ) -> None:
         self.spec = spec
         self.stats = SessionStats()
@@ -76,7 +78,7 @@ class Session:
         self._chain = OpenChain(peers, blame, self.stats, self.record, self._tell)
         self._log = StepLog(keeps_all=not spec.stateless)  # what entered the first block
         self._mender = Mender(self._chain, self._log, spec, peers, blame, config, self.stats, self._tell)
-        self.auditor = Auditor(spec, peers, blame, config, self._log, self._chain, self._tell, own=own)
+        self.auditor = Auditor(spec, auditors or peers, blame, config, self._log, self._chain, self._tell, own=own)
         self._times = StepTimes()
         self._step_id = 0
         self._position = 0  # tokens per row in the caches
@@ -290,6 +292,22 @@ class Session:
         """
         await self.auditor.settle(self._config.audit_wait_s)
         self.auditor.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Lingering:
+    """A session that nobody needs any more but its audits, for a while: whoever it was for has its results already, and
+    is told of what they find."""
+
+    session: Session
+
+    async def close(self) -> None:
+        """Frees it once they are through."""
+        try:
+            with suppress(Doubted):  # of which the session has told
+                await self.session.settle()
+        finally:
+            await self.session.close()
 
 
 @dataclass(slots=True)
