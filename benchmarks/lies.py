@@ -27,7 +27,12 @@ from tensor_codecs import codec
 
 FLOAT32: Final = Kind("float32", "none")
 BFLOAT16: Final = Kind("bfloat16", "none")
-KINDS: Final = tuple(Kind(dtype, weights) for weights in ("none", "int8", "nf4") for dtype in ("float32", "bfloat16"))
+KINDS: Final = (
+    FLOAT32,
+    Kind("float16", "none"),
+    BFLOAT16,
+    *(Kind(dtype, weights) for weights in ("int8", "nf4") for dtype in ("float32", "bfloat16")),
+)
 PROMPT_TOKENS: Final = 24  # at once, before the tokens that come one by one
 AT_ONCE: Final = 4  # sessions in a pass, as peers do it with tokens of several
 SEED: Final = 23

@@ -34,9 +34,9 @@ COARSEST: Final = "bfloat16"  # an unknown number format is taken for this one
 
 TYPICAL_MARGIN: Final = 4.0
 """Times the median distance of many tokens that was measured between honest peers."""
-TYPICAL_NOISE: Final[dict[str, float]] = {"float32": 2e-4, "float16": 6e-4, "bfloat16": 4e-3}
+TYPICAL_NOISE: Final[dict[str, float]] = {"float32": 6e-4, "float16": 6e-4, "bfloat16": 4e-3}
 """Of one block in this number format: the median. Two that round alike are less apart than one that does from float32,
-so the coarser one counts."""
+so the coarser one counts. In float32 some GPUs multiply as in float16."""
 TYPICAL_WEIGHTS: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 1.7e-2, "nf4": 5.5e-2}
 """Of one block with quantised weights, from the model's own."""
 TYPICAL_LIKE: Final[dict[str, float]] = {"": 0.0, "none": 0.0, "int8": 1.7e-2, "nf4": 1.7e-2}
