@@ -253,11 +253,11 @@ def _set(rng: random.Random, message: Any, field: Any) -> None:
     if field.name == "shape":
         shape = list(message.shape)
         match rng.randrange(4):
-            case 0:
+            case 0 if shape:
                 shape[rng.randrange(len(shape))] = value
             case 1:
                 shape.insert(rng.randrange(len(shape) + 1), rng.choice((0, 1, value)))
-            case 2:
+            case 2 if shape:
                 del shape[rng.randrange(len(shape))]
             case _:
                 rng.shuffle(shape)
