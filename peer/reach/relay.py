@@ -279,6 +279,8 @@ class Entrance(asyncio.Protocol):
                 self._begin(frame)
                 return
             self._take(frame)
+            if self._transport is None or self._transport.is_closing():
+                return
 
     def _begin(self, frame: Frame) -> None:
         """The one frame of a connection that will carry no others."""

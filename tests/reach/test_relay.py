@@ -175,6 +175,17 @@ async def test_somebody_else_cannot_register_as_this_peer() -> None:
         await channel.close()
 
 
+async def test_nothing_counts_that_comes_with_what_is_out_of_order() -> None:
+    async with tied() as place:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.relay.port)
+        writer.write(Frame(Kind.REGISTER).encode())
+        nonce = (await reader.readexactly(3 + 32))[3:]
+        writer.write(Frame(Kind.PONG).encode() + proof(identity(2), place.tether.relay_id, nonce).encode())
+        assert await reader.read() == b"", "the connection is ended"
+        assert place.relay.board.providers == 1, "only the peer that was there"
+        writer.close()
+
+
 async def test_a_peer_that_comes_again_is_served_at_its_new_line() -> None:
     async with tied() as place:
         again = Tether(place.provider, place.tether.relay_id, (("127.0.0.1", place.relay.port),), lambda: place.target)
