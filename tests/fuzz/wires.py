@@ -6,6 +6,7 @@ A `Wire` does what transports of asyncio and uvloop do, and where these differ, 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -28,6 +29,7 @@ class Clockwork(asyncio.SelectorEventLoop):
         super().__init__(self._clock)
         self.dial: Callable[[str, int], Coroutine[Any, Any, Wire]] = _nobody
         self.escaped: list[BaseException] = []
+        atexit.register(self.close)  # a harness has one, for as long as the process
         self.set_exception_handler(lambda _, context: self.escaped.append(_exception(context)))
 
     def time(self) -> float:
