@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -67,7 +68,8 @@ class Channels:
         self._meets = direct
         self._channels: dict[Key, grpc.aio.Channel] = {}
         self._failed: list[grpc.aio.Channel] = []  # replaced, and to be closed
-        self._left: list[grpc.aio.Channel] = []  # replaced, but sessions may still use them
+        # Replaced, but sessions may still use them: grpc closes a channel that nobody has any more.
+        self._left: WeakSet[grpc.aio.Channel] = WeakSet()
         self._opened_s: dict[Key, float] = {}
         self._turns: dict[Key, int] = {}  # how often one has failed
         self._used: set[Key] = set()  # by sessions
@@ -93,7 +95,7 @@ class Channels:
         key = _key(peer)
         age_s = time.monotonic() - self._opened_s.get(key, 0.0)
         if doubted and key in self._channels and len(peer.addresses) > 1 and age_s >= DOUBT_S:
-            self._left.append(self._channels.pop(key))
+            self._left.add(self._channels.pop(key))
             self._bypasses.pop(key, None)  # it ends with the channel
             self._attempts.pop(key, None)
         if key in self._channels and has_failed(self._channels[key]):
@@ -123,7 +125,7 @@ class Channels:
         another peer has taken the port, each try is a handshake that fails. A connected one stays: its peer is there,
         whatever the swarm says."""
         self._failed += [channel for channel in self._left if has_failed(channel)]
-        self._left = [channel for channel in self._left if channel not in self._failed]
+        self._left -= set(self._failed)
         while self._failed:
             await self._failed.pop().close(None)
         known = {_key(peer) for peer in peers if peer.addresses}
@@ -181,7 +183,7 @@ class Channels:
             unused.push_async_callback(channel.close, None)
             if key in self._channels:
                 unused.pop_all()
-                self._left.append(self._channels[key])
+                self._left.add(self._channels[key])
                 self._channels[key] = channel
                 self._attempts[key] = WORKED
                 if bypass is not None:

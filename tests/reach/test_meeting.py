@@ -32,6 +32,8 @@ from protocol.limits import MESSAGE_BYTES
 from protocol.loop import new_event_loop
 from protocol.meeting import is_worth_dialling
 from protocol.ping import round_trip_ms
+from protocol.potluck_pb2 import PingRequest
+from protocol.potluck_pb2_grpc import PeerStub
 from protocol.relay_frames import (
     MAX_BODY_BYTES,
     TOKEN_BYTES,
@@ -143,6 +145,20 @@ async def test_new_sessions_use_the_way_that_was_found_and_the_relay_when_it_end
         met = place.relay.met
         await channels.go_direct([there])
         assert place.relay.met == met, "it is tried again only after a while"
+        await channels.close()
+
+
+async def test_the_relay_is_left_once_no_session_uses_it() -> None:
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        used = PeerStub(channels.to(there))  # type: ignore[no-untyped-call]  # as a hop of a session has it
+        await used.Ping(PingRequest(), timeout=TIMEOUT_S)
+        await channels.go_direct([there])
+        assert await carried_by(channels.to(there), place.relay) == 0
+        await used.Ping(PingRequest(), timeout=TIMEOUT_S)
+        assert place.relay.board.calls == 1
+        del used
+        await until(lambda: place.relay.board.calls == 0)
         await channels.close()
 
 
