@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from selenium.webdriver.common.keys import Keys
 
@@ -56,6 +57,11 @@ def server() -> Iterator[tuple[FakeApi, str]]:
     fake = FakeApi()
     with serving(fake.app) as address:
         yield fake, address
+
+
+def test_browsers_find_an_icon_before_they_have_read_the_page(server: tuple[FakeApi, str]) -> None:
+    answer = httpx2.get(f"{server[1]}/favicon.ico", trust_env=False)
+    assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("image/")
 
 
 class Page:

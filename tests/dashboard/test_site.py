@@ -102,6 +102,11 @@ def test_health_is_for_load_balancers(swarm: World) -> None:
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
 
 
+def test_browsers_find_an_icon_before_they_have_read_the_page(swarm: World) -> None:
+    answer = get(swarm, "favicon.ico")
+    assert answer.status_code == 200 and answer.headers["Content-Type"].startswith("image/")
+
+
 def test_browsers_are_told_to_load_nothing_from_elsewhere(swarm: World) -> None:
     for path in ("", "static/page.js", "api/v1/live-not", "metrics"):
         headers = get(swarm, path).headers
