@@ -16,7 +16,7 @@ from protocol.errors import PeerLost, PotluckError
 from protocol.hosts import address, host_of
 from protocol.identity import common_name, load_certificate
 from protocol.meeting import meeting
-from protocol.relay_frames import seek
+from protocol.relay_frames import End, seek
 from protocol.splice import Splice
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ async def find_bypass(relays: Iterable[str], certificate_der: bytes) -> Bypass:
     for relay in relays:
         try:
             async with (
-                meeting((host_of(relay), int(relay.rpartition(":")[2])), lambda own: seek(name, own)) as found,
+                meeting(_end(relay), lambda _: seek(name), near=True) as found,
                 aclosing(found.approached(listens=False)) as connections,
             ):
                 async for connection in connections:
@@ -99,3 +99,8 @@ async def find_bypass(relays: Iterable[str], certificate_der: bytes) -> Bypass:
         except (OSError, TimeoutError, PotluckError) as error:
             why = error or type(error).__name__
     raise PeerLost(f"there is no way to the peer but through its relay: {why}")
+
+
+def _end(relay: str) -> End:
+    """Where a relay is, by its address in a record."""
+    return host_of(relay), int(relay.rpartition(":")[2])

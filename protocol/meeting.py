@@ -96,11 +96,12 @@ class Meeting:
 
 
 @contextlib.asynccontextmanager
-async def meeting(relay: End, opening: Callable[[End], Frame]) -> AsyncIterator[Meeting]:
+async def meeting(relay: End, opening: Callable[[End], Frame], *, near: bool) -> AsyncIterator[Meeting]:
     """A meeting at a relay, while the body runs: as long as that connection is there, routers keep the port.
 
     Args:
         opening: what to say to the relay, by where this side is as its own machine sees it.
+        near: may this side dial into its own network, if the other one is behind the same router?
 
     Raises:
         PeerLost: the relay refuses, or the other side does not come.
@@ -117,15 +118,17 @@ async def meeting(relay: End, opening: Callable[[End], Frame]) -> AsyncIterator[
             own = _end_of(waiting)
             await loop.sock_sendall(waiting, opening(own).encode())
             seen, ends = await _told(waiting)
-        yield Meeting(own, tuple(end for end in dict.fromkeys(ends) if is_worth_dialling(end, own, seen, ends[0])))
+        near = near and seen[0] == ends[0][0]
+        yield Meeting(own, tuple(end for end in dict.fromkeys(ends) if is_worth_dialling(end, own, seen, near=near)))
 
 
-def is_worth_dialling(end: End, own: End, seen: End, other_seen: End) -> bool:
+def is_worth_dialling(end: End, own: End, seen: End, *, near: bool) -> bool:
     """May this side dial there, because a relay says so? Only where the other one can be: a relay that lies has its
-    peers dial nobody's private network.
+    peers dial into nobody's private network.
 
     Args:
-        own: where this side is by itself; `seen`: as the relay sees it; `other_seen`: where it sees the other one.
+        own: where this side is by itself; `seen`: as the relay sees it.
+        near: may the other one be in the same private network?
     """
     host, port = end
     kind, own_kind = ip(host), ip(own[0])
@@ -133,7 +136,7 @@ def is_worth_dialling(end: End, own: End, seen: End, other_seen: End) -> bool:
         return False
     if is_loopback(host):
         return is_loopback(seen[0])
-    return is_global(host) or not is_global(seen[0]) or seen[0] == other_seen[0]
+    return near or is_global(host) or not is_global(seen[0])
 
 
 async def _told(connection: socket.socket) -> tuple[End, tuple[End, ...]]:

@@ -10,10 +10,12 @@
 
 Two that would rather do without the relay meet at it, each with a connection from the port that it will use then:
 
-    client SEEK(name, own end)     ──►
+    client SEEK(name)              ──►
     peer   SOUGHT(token)           ◄──            on the connection that it keeps
            HERE(token, own end)    ──►            another one
     both   MEET(ends)              ◄──            where each is, as the relay sees it; see `protocol.meeting`
+
+The peer is told nothing of the client but what the relay sees of it: it dials no address that a client named.
 
 A frame is its kind (one byte), the length of its body (two) and the body. No kind is 22, with which TLS begins, so that
 one port takes peers and clients.
@@ -153,27 +155,26 @@ def _signed(relay_id: str, nonce: bytes) -> bytes:
 # ---------------------------------------------------------------------------- meetings
 
 
-def seek(name: str, own: End) -> Frame:
-    """Asks for a meeting with the peer of that name.
-
-    Args:
-        own: where this side is, as its own machine sees it: of use to those in the same network.
-    """
-    return Frame(Kind.SEEK, f"{name} {address(*own)}".encode())
+def seek(name: str) -> Frame:
+    """Asks for a meeting with the peer of that name."""
+    return Frame(Kind.SEEK, name.encode())
 
 
-def sought(frame: Frame) -> tuple[str, End]:
+def sought(frame: Frame) -> str:
     """What `seek` was told.
 
     Raises:
         BadMessage: it is malformed.
     """
-    name, _, own = _ascii(frame.body).partition(" ")
-    return name, _end(own)
+    return _ascii(frame.body)
 
 
 def here(token: bytes, own: End) -> Frame:
-    """Comes to the meeting of that token; `own` as for `seek`."""
+    """Comes to the meeting of that token.
+
+    Args:
+        own: where the peer is, as its own machine sees it: of use to a client in the same network.
+    """
     return Frame(Kind.HERE, token + address(*own).encode())
 
 

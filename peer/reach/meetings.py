@@ -63,7 +63,7 @@ class Meetings:
     async def _meet(self, relay: End, token: bytes, tasks: asyncio.TaskGroup) -> None:
         try:
             async with (
-                meeting(relay, lambda own: here(token, own)) as found,
+                meeting(relay, lambda own: here(token, own), near=False) as found,
                 aclosing(found.approached(listens=True)) as connections,
             ):
                 async for connection in connections:

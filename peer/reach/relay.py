@@ -196,7 +196,7 @@ class Entrance(asyncio.Protocol):
         self._nonce = b""
         self._registered: str | None = None  # its name, if it is a peer's
         self._token = b""  # of a client that waits
-        self._own: End | None = None  # where one that comes to a meeting is, by itself
+        self._meets = False  # does it come to a meeting?
         self._meeting: Call[Entrance] | None = None  # of a client that has met its peer
         self._deadline: asyncio.TimerHandle | None = None
         self.heard_s = self._loop.time()
@@ -219,7 +219,7 @@ class Entrance(asyncio.Protocol):
             return
         self.heard_s = self._loop.time()
         try:
-            if self._own is not None:
+            if self._meets:
                 raise BadMessage("who comes to a meeting has nothing more to say")
             if self._token:
                 self._received += data
@@ -287,7 +287,7 @@ class Entrance(asyncio.Protocol):
         if frame.kind is Kind.DATA:
             self._come(frame.body)
         elif frame.kind is Kind.SEEK:
-            self._seek(*sought(frame))
+            self._seek(sought(frame))
         else:
             self._meet(*came(frame))
 
@@ -335,9 +335,9 @@ class Entrance(asyncio.Protocol):
 
     # ------------------------------------------------------------------ meetings
 
-    def _seek(self, name: str, own: End) -> None:
+    def _seek(self, name: str) -> None:
         token, provider = self._relay.board.call(name, self, self._block, seeks=True)
-        self._own = own
+        self._meets = True
         self._known()
         self._token = token
         self._deadline = self._loop.call_later(self._relay.settings.limits.dial_s, self.abort)
@@ -347,17 +347,16 @@ class Entrance(asyncio.Protocol):
         found = self._answered(token, seeks=True)
         if found is None:
             return
-        self._own = own
+        self._meets = True
         client = found.client
         client._token, client._meeting = b"", found
         self._relay.met += 1
-        for one, other in ((self, client), (client, self)):
-            one._tell_of(other)
+        self._tell_of(client)
+        # Where the peer sees itself is of use, and said, only behind the same router.
+        client._tell_of(self, *([own] if client._host == self._host else []))
 
-    def _tell_of(self, other: Entrance) -> None:
-        """Where the other one is; as it sees itself, only if both are behind one router."""
-        assert other._own is not None
-        near = [other._own] if other._host == self._host else []
+    def _tell_of(self, other: Entrance, *near: End) -> None:
+        """Where the other one is."""
         self._stop_waiting()
         self._deadline = self._loop.call_later(self._relay.settings.limits.meet_s, self.abort)
         self.say(meet((self._host, self._port), [(other._host, other._port), *near]))

@@ -132,8 +132,8 @@ def _parse(data: bytes) -> None:
     except BadMessage:
         pass
     try:
-        name, end = sought(Frame(Kind.SEEK, data))
-        assert sought(seek(name, end)) == (name, end) and _is_end(end)
+        name = sought(Frame(Kind.SEEK, data))
+        assert sought(seek(name)) == name
     except BadMessage:
         pass
     try:
@@ -246,7 +246,7 @@ class Scene(Play):
             token = source.pick(known) if known else source.raw(1)
             data = bytearray(bytes([frame]) + len(token).to_bytes(2) + token)
         elif kind == SEEK:
-            data = bytearray(seek(name_of(source.byte()), SAID_ENDS[source.byte() % len(SAID_ENDS)]).encode())
+            data = bytearray(seek(name_of(source.byte())).encode())
         elif kind == HERE:
             known, number = self._known_tokens(), source.byte()
             token = known[number % len(known)] if known else bytes(16)
@@ -284,7 +284,7 @@ class Scene(Play):
                 self._check_time(entrance, wire, self.loop.time() - came_s)
             assert len(entrance._received) <= MAX_HELLO_BYTES + READ_BYTES
             if entrance._frames is not None:
-                listens = entrance._own is None and not wire.is_closing()  # else the rest of its last read is left
+                listens = not entrance._meets and not wire.is_closing()  # else the rest of its last read is left
                 assert len(entrance._frames.rest) < HEAD_BYTES + MAX_BODY_BYTES + (0 if listens else READ_BYTES)
         for wire in self.wires:
             protocol = wire.protocols[-1] if wire.protocols else None
@@ -373,10 +373,9 @@ class Scene(Play):
         assert others[0] == _seen(other)
         second = next(frames_of(other.given))
         asked, come = (first, second) if first.kind is Kind.SEEK else (second, first)
-        (name, client_says), (token, peer_says) = sought(asked), came(come)
+        name, (token, said) = sought(asked), came(come)
         assert name in self._told(Frame(Kind.SOUGHT, token))
-        said = peer_says if first is asked else client_says
-        assert others[1:] == ((said,) if _seen(wire)[0] == _seen(other)[0] else ())
+        assert others[1:] == ((said,) if first is asked and _seen(wire)[0] == _seen(other)[0] else ())
 
     def _pairs(self) -> Iterator[tuple[Splice, Wire, Wire]]:
         """What has been joined: the client's connection, and the other."""
@@ -467,9 +466,9 @@ def asks(name: int, spread: int = 0, tail: int = 0) -> bytes:
     return bytes([HELLO, name, spread, 0, 0, 0, tail])
 
 
-def seeks(name: int, own: int = 0) -> bytes:
-    """Asks for a meeting with the peer of that name; says that it is at one of `SAID_ENDS` itself."""
-    return bytes([SEEK, name, own, 0, 0, 0, 0])
+def seeks(name: int) -> bytes:
+    """Asks for a meeting with the peer of that name."""
+    return bytes([SEEK, name, 0, 0, 0, 0])
 
 
 def is_here(number: int, own: int = 1) -> bytes:
@@ -537,7 +536,7 @@ def programs() -> list[bytes]:
         sought_there + opens(1) + says(2, told(Kind.DATA, 0)) + opens() + says(3, is_here(0)),
         sought_there + in_a_turn(does(RESET, 1)) + opens() + says(2, is_here(0)) + says(2, fills(1)),
         sought_there + passes(5.1) + opens(3) + says(2, seeks(1)) + opens(3) + says(3, seeks(0)) + says(3, fills(1)),
-        sought_there + says(0, raw(Frame(Kind.SEEK, b"a 192.0.2.1:1"))) + opens(3) + says(2, asks(0)),
+        sought_there + says(0, raw(Frame(Kind.SEEK, b"a"))) + opens(3) + says(2, asks(0)),
         at_home + opens(2) + says(1, asks(0)) + opens() + says(2, is_here(0)),
         at_home + says(0, raw(Frame(Kind.DIAL, bytes(16)), Frame(Kind.WELCOME, b"192.0.2.1"))),
     ]
@@ -549,8 +548,8 @@ def seeds() -> list[bytes]:
     ended = [bytes([number % 3]) + program for number, program in enumerate(programs())]
     frames = [Frame(Kind.REGISTER), Frame(Kind.WELCOME, b"192.0.2.1"), Frame(Kind.DIAL, bytes(16))]
     bodies = [
-        b"a 192.0.2.1:0000199999",
-        seek(NOBODY, SAID_ENDS[0]).body,
+        bytes(16) + b"192.0.2.1:0000199999",
+        seek(NOBODY).body,
         here(bytes(16), SAID_ENDS[2]).body,
         meet(SAID_ENDS[0], SAID_ENDS[1:]).body,
     ]
