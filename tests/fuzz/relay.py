@@ -306,7 +306,7 @@ class Scene(Play):
         """Nobody waits for longer than it may; nor is read from, if it is a client that waits."""
         if entrance._greeted:
             assert seconds <= LIMITS.hello_s
-        elif entrance._own is not None:
+        elif entrance._meets:
             assert seconds <= LIMITS.hello_s + LIMITS.dial_s + LIMITS.meet_s
         elif entrance._token:
             assert seconds <= LIMITS.hello_s + LIMITS.dial_s
