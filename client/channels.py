@@ -85,8 +85,8 @@ class Channels:
         """The channel to a peer, pinned to the certificate in its record; a new one, if it could not connect lately.
 
         Args:
-            doubted: the peer failed lately. If it has several addresses, perhaps only a relay did, and silently: then
-                there is a new channel, too.
+            doubted: the peer failed lately. If there are several ways to it, perhaps only one of them did, and
+                silently: then there is a new channel, too.
         """
         self._used.add(_key(peer))
         return self._to(peer, doubted=doubted)
@@ -94,7 +94,8 @@ class Channels:
     def _to(self, peer: PeerRecord, *, doubted: bool = False) -> grpc.aio.Channel:
         key = _key(peer)
         age_s = time.monotonic() - self._opened_s.get(key, 0.0)
-        if doubted and key in self._channels and len(peer.addresses) > 1 and age_s >= DOUBT_S:
+        is_only_way = len(peer.addresses) == 1 and key not in self._bypasses
+        if doubted and key in self._channels and not is_only_way and age_s >= DOUBT_S:
             self._left.add(self._channels.pop(key))
             self._bypasses.pop(key, None)  # it ends with the channel
             self._attempts.pop(key, None)
@@ -103,6 +104,8 @@ class Channels:
         if key in self._bypasses and self._bypasses[key].is_over:
             self._failed.append(self._channels.pop(key))
             self._end_bypass(key)
+        if key not in self._channels:
+            self._take_over(key)
         if key not in self._channels:
             self._channels[key] = _open(peer, peer.addresses, self._turns.get(key, 0))
             self._opened_s[key] = time.monotonic()
@@ -204,6 +207,16 @@ class Channels:
         self._attempts.pop(key, None)
         self._end_bypass(key)
         return self._channels.pop(key)
+
+    def _take_over(self, key: Key) -> None:
+        """A peer that has other relays now is still reached past the old ones, if it was."""
+        peer_id, _, certificate_der = key
+        for old in list(self._bypasses):
+            if old != key and (old[0], old[2]) == (peer_id, certificate_der) and not self._bypasses[old].is_over:
+                self._channels[key], self._bypasses[key] = self._channels.pop(old), self._bypasses.pop(old)
+                self._opened_s[key] = self._opened_s.pop(old, 0.0)
+                self._attempts[key] = WORKED
+                return
 
     def _end_bypass(self, key: Key) -> None:
         """The next channel goes through the relay again, at first."""

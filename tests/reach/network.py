@@ -26,11 +26,13 @@ HOMES = {
     "room-a": ("router-a", "lan2", "10.3.0"),
 }
 
-RULES = """
+NAT = """
 table ip nat {
   chain incoming { type nat hook prerouting priority -100; policy accept; }
   chain outgoing { type nat hook postrouting priority 100; policy accept; oifname "public" masquerade; }
 }
+"""
+FILTER = """
 table ip filter {
   chain through {
     type filter hook forward priority 0; policy accept;
@@ -43,6 +45,7 @@ table ip filter {
   }
 }
 """
+RULES = NAT + FILTER
 
 
 class Network:
@@ -100,6 +103,18 @@ class Network:
         router, *_ = HOMES[home]
         self.run(router, "nft", "flush", "chain", "ip", "nat", "outgoing")
         self.run(router, "nft", "add", "rule", "ip", "nat", "outgoing", "oifname", "public", "masquerade")
+
+    def block(self, home: str, host: str) -> None:
+        """From now on nothing passes between a home and that host; nobody is told."""
+        router, *_ = HOMES[home]
+        for end in ("saddr", "daddr"):
+            self.run(router, "nft", "insert", "rule", "ip", "filter", "through", "ip", end, host, "drop")
+
+    def unblock(self, home: str) -> None:
+        """It is as before."""
+        router, *_ = HOMES[home]
+        self.run(router, "nft", "delete", "table", "ip", "filter")
+        self.run(router, "nft", "-f", "-", stdin=FILTER)
 
     def shape(self, mbit_per_s: int) -> None:
         """From now on the line of home a carries no more, in either direction."""

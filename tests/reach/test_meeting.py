@@ -148,6 +148,29 @@ async def test_new_sessions_use_the_way_that_was_found_and_the_relay_when_it_end
         await channels.close()
 
 
+async def test_a_way_that_was_found_stays_when_the_peer_has_other_relays() -> None:
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        await channels.approach([there])
+        channel = channels.to(there)
+        elsewhere = replace(there, addresses=("127.0.0.1:1",))
+        assert channels.to(elsewhere) is channel and len(channels) == 1
+        await channels.go_direct([elsewhere])
+        assert await carried_by(channels.to(elsewhere), place.relay) == 0 and place.relay.met == 1
+        await channels.close()
+
+
+async def test_a_way_that_falls_silent_is_left_once_the_peer_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.channels.DOUBT_S", 0.0)
+    async with tied() as place:
+        there, channels = record(place.relay.port, relayed=1), Channels()
+        await channels.approach([there])
+        channel = channels.to(there)
+        assert channels.to(there, doubted=True) is not channel, "though it has one address only"
+        assert await carried_by(channels.to(there), place.relay) > 0
+        await channels.close()
+
+
 async def test_the_relay_is_left_once_no_session_uses_it() -> None:
     async with tied() as place:
         there, channels = record(place.relay.port, relayed=1), Channels()

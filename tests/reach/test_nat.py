@@ -164,6 +164,24 @@ def test_two_homes_go_past_their_relays(homes: Homes) -> None:
     until(lambda: len(homes.used("home-a")) == 2, "the hidden peer to be tied again", 90.0)
 
 
+def test_a_way_past_the_relays_that_is_cut_leads_back_to_them(homes: Homes) -> None:
+    with homes.ask("relayed") as undisturbed:
+        assert undisturbed.wait(120.0) == 0, undisturbed.stderr
+    try:
+        with homes.ask("direct") as process:
+            until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
+            assert homes.network.is_connected("home-b", PUBLIC["router-a"])
+            homes.network.block("home-b", PUBLIC["router-a"])
+            before = process.stdout.count("\n")
+            until(lambda: homes.used("home-b"), "a relay to be used")
+            assert process.wait(120.0) == 0, process.stderr
+            assert before < TOKENS, "it was in the middle"
+            assert process.stdout == undisturbed.stdout
+            print(f"\ncut after {before} of {TOKENS} tokens\n{process.stderr}")
+    finally:
+        homes.network.unblock("home-b")
+
+
 def test_two_machines_of_one_home_speak_within_it(homes: Homes) -> None:
     with homes.ask("direct", "room-a") as process:
         until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
