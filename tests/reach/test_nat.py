@@ -226,8 +226,9 @@ def test_what_a_relay_costs(homes: Homes) -> None:
         speeds = {at: statistics.median(each) for at, each in json.loads(out).items()}
         ratios[name] = speeds[relayed] / speeds[direct]
         print(
-            f"\n{name}: direct {speeds[direct] / 1e6:.1f} MB/s, through the relay {speeds[relayed] / 1e6:.1f} MB/s, ratio"
-            f" {ratios[name]:.2f}; past it {speeds[past] / 1e6:.1f} MB/s, ratio {speeds[past] / speeds[direct]:.2f}"
+            f"\n{name}: direct {speeds[direct] / 1e6:.1f} MB/s, through the relay {speeds[relayed] / 1e6:.1f} MB/s,"
+            f" ratio {ratios[name]:.2f}; past it {speeds[past] / 1e6:.1f} MB/s,"
+            f" ratio {speeds[past] / speeds[direct]:.2f}"
         )
         if mbit:
             homes.network.unshape()
