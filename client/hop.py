@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -78,10 +79,13 @@ class Hop:
             edge=self.edge,
         )
 
-    async def attach(self, request: Open, timeout_s: float, patience_s: float) -> Opened:
+    async def attach(
+        self, request: Open, timeout_s: float, patience_s: float, channel: Callable[[], grpc.aio.Channel] | None = None
+    ) -> Opened:
         """Opens the session on the peer, or takes it up again: on the living stream, else on a new one.
 
         Args:
+            channel: gives the one for a new stream; None: the hop's.
             timeout_s: for any answer.
             patience_s: for this answer, once the peer says that it is there: it may be at work on a step.
 
@@ -98,6 +102,8 @@ class Hop:
                 if not living.is_broken:
                     raise
         self.abandon()
+        if channel is not None:  # the one before may have been a way that was found once, and has ended
+            self._stub = pb_grpc.PeerStub(channel())  # type: ignore[no-untyped-call]
         self._stream = Stream(self._stub.Infer(), self)
         return await self._open(request, timeout_s, patience_s)
 

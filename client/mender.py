@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 from client.blame import Blame
 from client.chain import Link, choose_chain
@@ -249,7 +250,8 @@ class Mender:
         patience_s = self._config.step_timeout_s if hop.begun else self._config.open_timeout_s
         try:
             signed = self._peers.signed(request, hop.link.peer)
-            return await hop.attach(signed, self._config.probe_timeout_s, patience_s)
+            channel = partial(self._peers.channel, hop.link.peer)
+            return await hop.attach(signed, self._config.probe_timeout_s, patience_s, channel)
         except PotluckError as error:
             return error
 

@@ -114,6 +114,11 @@ def check_address(value: object, name: str = "address") -> str:
             ipaddress.IPv6Address(match["host"][1:-1])
         except ValueError:
             raise BadRecord(f"{name} has an entry that is not an IPv6 address") from None
+    else:
+        try:
+            match["host"].encode("idna")  # else whoever dials it meets an error that no network gives
+        except UnicodeError:
+            raise BadRecord(f"{name} has an entry whose host is no name") from None
     return value
 
 

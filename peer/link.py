@@ -21,7 +21,7 @@ from dht.background import task_group
 from dht.record import PeerRecord
 from protocol import potluck_pb2 as pb
 from protocol import potluck_pb2_grpc as pb_grpc
-from protocol.bypass import find_bypass
+from protocol.bypass import Bypass, find_bypass
 from protocol.channel import connected, has_failed, open_channel, peer_error, targets, why_unreachable
 from protocol.errors import PeerLost, PotluckError
 from protocol.frames import step_frames
@@ -37,7 +37,6 @@ WRITE_TIMEOUT_S = 20.0  # one chunk, on a slow line; a line that is cut is notic
 UNREACHABLE = "the next peer cannot be reached from here"
 IDLE_S = 300.0  # a stream that nobody pushed on for so long is closed
 BYPASS_EVERY_S = 60.0  # between two attempts to do without a relay
-END_TIMEOUT_S = 2.0  # for the next peer to have read all that was written
 
 Resolve = Callable[[str, PeerRecord | None], Awaitable[PeerRecord | None]]
 """Finds the record of a peer id; another one than the given one, which was of no use, if there is."""
@@ -60,6 +59,22 @@ class Parcel:
             self.written.set_exception(error)
 
 
+@dataclass(frozen=True, slots=True)
+class _WayRound:
+    """A connected channel past a relay."""
+
+    channel: grpc.aio.Channel
+    bypass: Bypass
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.bypass.is_over and self.channel.get_state() is grpc.ChannelConnectivity.READY
+
+    async def close(self) -> None:
+        await self.channel.close(None)
+        self.bypass.close()
+
+
 class Link:
     """The stream to one peer, connected when there is something to say."""
 
@@ -73,15 +88,16 @@ class Link:
         self._meets = direct
         self._relayed: PeerRecord | None = None  # of the peer, if the stream goes through a relay
         self._sought_s = float("-inf")  # when a way round that was sought last
-        self._way_round: grpc.aio.Channel | None = None  # for the next stream
-        self._ways_round = contextlib.AsyncExitStack()  # all that were found
+        self._way_round: _WayRound | None = None  # for the next stream
         self.ending = self._closing()  # what parcels hear that are left when the link has ended
 
     async def run(self) -> None:
         """Sends parcels until there have been none for a while, or the peer cannot be reached. A stream that breaks
         fails the parcel at hand, not the link."""
-        async with self._ways_round:
+        try:
             await self._run()
+        finally:
+            await self._drop_way_round()
 
     async def _run(self) -> None:
         while await self._pick_up():
@@ -131,16 +147,21 @@ class Link:
             unused.push_async_callback(channel.close, None)
             if not await connected(channel, CONNECT_TIMEOUT_S):
                 return False
-            self._way_round = channel
-            self._ways_round.push_async_exit(unused.pop_all())
+            unused.pop_all()
+            self._way_round = _WayRound(channel, bypass)
         return True
+
+    async def _drop_way_round(self) -> None:
+        way_round, self._way_round = self._way_round, None
+        if way_round is not None:
+            await way_round.close()
 
     async def _end(self, call: Any, hearing: asyncio.Task[None]) -> None:
         """Ends a stream so that nothing of it arrives after what the next one brings."""
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await call.done_writing()
-        await asyncio.wait({hearing}, timeout=END_TIMEOUT_S)
+                await asyncio.wait({hearing})
 
     def _closing(self) -> PeerLost:
         return PeerLost("this peer is closing its streams", peer_id=self._peer_id)
@@ -182,9 +203,11 @@ class Link:
 
     async def _channel(self) -> grpc.aio.Channel:
         """A connected channel. A peer that came back may have another certificate by now: its record is read again."""
-        way_round, self._way_round, self._relayed = self._way_round, None, None
-        if way_round is not None and way_round.get_state() is grpc.ChannelConnectivity.READY:
-            return way_round
+        self._relayed = None
+        if self._way_round is not None and self._way_round.is_ready:
+            way_round, self._way_round = self._way_round, None
+            return way_round.channel  # with which the rest of it ends
+        await self._drop_way_round()
         tried: PeerRecord | None = None
         why = ""
         while True:

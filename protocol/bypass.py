@@ -86,18 +86,25 @@ async def find_bypass(relays: Iterable[str], certificate_der: bytes) -> Bypass:
     name = common_name(load_certificate(certificate_der))
     why: object = "it has no relay"
     for relay in relays:
+        bypass = Bypass()
         try:
             async with (
                 meeting(_end(relay), lambda _: seek(name), near=True) as found,
                 aclosing(found.approached(listens=False)) as connections,
             ):
                 async for connection in connections:
-                    bypass = Bypass()
                     await bypass.open(connection)
-                    return bypass
-            why = "no dial got through"
+                    break
         except (OSError, TimeoutError, PotluckError) as error:
+            bypass.close()
             why = error or type(error).__name__
+            continue
+        except BaseException:
+            bypass.close()
+            raise
+        if bypass.address:
+            return bypass
+        why = "no dial got through"
     raise PeerLost(f"there is no way to the peer but through its relay: {why}")
 
 

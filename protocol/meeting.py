@@ -20,12 +20,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 from protocol.errors import PeerLost
-from protocol.hosts import ip, is_global, is_loopback
+from protocol.hosts import block, ip, is_global, is_loopback
 from protocol.relay_frames import End, Frame, FrameReader, Kind, met
 
 MEETING_S = 5.0  # to reach the relay, and for the other side to come there
 APPROACH_S = 3.0  # in which both dial, each time that they are refused or silent
-RETRY_S = 0.05
+RETRY_S, RETRY_AT_MOST_S = 0.05, 0.4  # after a refusal; longer each time
 READ_BYTES = 4096
 BACKLOG = 4
 LOWEST_PORT = 1024  # nobody dials from below
@@ -71,7 +71,7 @@ class Meeting:
                     left.close()
 
     async def _dial(self, end: End, arrived: asyncio.Queue[socket.socket | None]) -> None:
-        loop = asyncio.get_running_loop()
+        loop, pause_s = asyncio.get_running_loop(), RETRY_S
         while True:
             with contextlib.ExitStack() as stack:
                 dialling = stack.enter_context(_bound(self.own))
@@ -84,7 +84,8 @@ class Meeting:
                     stack.pop_all()
                     arrived.put_nowait(dialling)
                     return
-            await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.5))  # else two may miss each other for ever
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # else two may miss each other for ever
+            pause_s = min(1.5 * pause_s, RETRY_AT_MOST_S)
 
     async def _listen(self, arrived: asyncio.Queue[socket.socket | None]) -> None:
         loop = asyncio.get_running_loop()
@@ -101,46 +102,51 @@ async def meeting(relay: End, opening: Callable[[End], Frame], *, near: bool) ->
 
     Args:
         opening: what to say to the relay, by where this side is as its own machine sees it.
-        near: may this side dial into its own network, if the other one is behind the same router?
+        near: may this side dial into its own network, if the relay says that the other one is there? Else it dials
+            where the relay sees the other one, and nowhere else.
 
     Raises:
-        PeerLost: the relay refuses, or the other side does not come.
+        PeerLost: the relay refuses, its name is none, or the other side does not come.
         BadMessage: what the relay says makes no sense.
         OSError, TimeoutError: the relay does not answer.
     """
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(MEETING_S):
-        found = await loop.getaddrinfo(*relay, type=socket.SOCK_STREAM)
+    try:
+        async with asyncio.timeout(MEETING_S):
+            found = await loop.getaddrinfo(*relay, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise PeerLost("the relay's name is none") from None
     any_host = "0.0.0.0" if found[0][0] is socket.AF_INET else "::"  # noqa: S104  # whichever leads there
     with _bound((any_host, 0)) as waiting:
         async with asyncio.timeout(MEETING_S):
             await loop.sock_connect(waiting, found[0][4])
             own = _end_of(waiting)
             await loop.sock_sendall(waiting, opening(own).encode())
-            seen, ends = await _told(waiting)
-        near = near and seen[0] == ends[0][0]
-        yield Meeting(own, tuple(end for end in dict.fromkeys(ends) if is_worth_dialling(end, own, seen, near=near)))
+            ends = await _told(waiting)
+        at = str(found[0][4][0])  # not by what the relay says of anybody
+        told = dict.fromkeys(ends if near else ends[:1])
+        yield Meeting(own, tuple(end for end in told if is_worth_dialling(end, own, at, near=near)))
 
 
-def is_worth_dialling(end: End, own: End, seen: End, *, near: bool) -> bool:
-    """May this side dial there, because a relay says so? Only where the other one can be: a relay that lies has its
-    peers dial into nobody's private network.
+def is_worth_dialling(end: End, own: End, relay_host: str, *, near: bool) -> bool:
+    """May this side dial there, because a relay says so? To the internet, as far as the relay is there; into a private
+    network if the relay is in one, or, `near`, into the very one in which this side is.
 
     Args:
-        own: where this side is by itself; `seen`: as the relay sees it.
-        near: may the other one be in the same private network?
+        own: where this side is by itself.
+        relay_host: the relay's IP address, as it was dialled.
     """
     host, port = end
     kind, own_kind = ip(host), ip(own[0])
     if port < LOWEST_PORT or end == own or kind is None or own_kind is None or kind.version != own_kind.version:
         return False
     if is_loopback(host):
-        return is_loopback(seen[0])
-    return near or is_global(host) or not is_global(seen[0])
+        return is_loopback(relay_host)
+    return is_global(host) or not is_global(relay_host) or (near and block(host) == block(own[0]))
 
 
-async def _told(connection: socket.socket) -> tuple[End, tuple[End, ...]]:
-    """Where this side is seen, and the other one may be, once both are there."""
+async def _told(connection: socket.socket) -> tuple[End, ...]:
+    """Where the other one may be, once both are there; first, where the relay sees it."""
     loop, frames = asyncio.get_running_loop(), FrameReader()
     while True:
         data = await loop.sock_recv(connection, READ_BYTES)
@@ -150,7 +156,7 @@ async def _told(connection: socket.socket) -> tuple[End, tuple[End, ...]]:
         for frame in frames.frames():
             if frame.kind is Kind.REFUSED:
                 raise PeerLost(f"the relay refuses: {frame.text[:200]}")
-            return met(frame)
+            return met(frame)[1]
 
 
 def _bound(own: End) -> socket.socket:

@@ -7,10 +7,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from dht.background import task_group
 from dht.record import PeerRecord
-from peer.reach.meetings import Meetings
 from peer.reach.tether import Tether
 from peer.reach.verdict import choose_relay
 from protocol.errors import PeerError
@@ -33,10 +33,7 @@ class Moorings:
         peers: who may relay, at any moment.
         target: this peer's own gRPC port; None: it has none at the moment.
         changed: called when a tie holds or is lost.
-        direct: meet clients at the relays, to be reached without these where routers allow it.
-
-    Attributes:
-        meetings: with clients.
+        sought: told that a client wants to meet this peer at a relay: the relay's id, where it is, and the token.
     """
 
     def __init__(
@@ -47,15 +44,14 @@ class Moorings:
         changed: Callable[[], None],
         rng: random.Random | None = None,
         *,
-        direct: bool = True,
+        sought: Callable[[str, End, bytes], None] = lambda relay_id, relay, token: None,
     ) -> None:
-        self.meetings = Meetings(target)
         self._identity = identity
         self._peers = peers
         self._target = target
         self._changed = changed
         self._rng = rng or random.Random()
-        self._direct = direct
+        self._sought = sought
         self._avoided: dict[str, float] = {}  # relays: until when
         self._ties: dict[int, tuple[PeerRecord, Tether]] = {}
 
@@ -66,23 +62,24 @@ class Moorings:
         return tuple(dict.fromkeys(_shown(tether) for tether in holding))
 
     def carries(self, end: End) -> bool:
-        """Does a connection to this peer's port, from there, come through a relay, or from somebody met at one?"""
-        return self.meetings.carries(end) or any(tether.carries(end) for _, tether in self._ties.values())
+        """Does a connection to this peer's port, from there, come through a relay?"""
+        return any(tether.carries(end) for _, tether in self._ties.values())
 
     async def run(self) -> None:
         """Ties, and ties anew, for ever."""
         async with task_group() as tasks:
             for slot in range(RELAYS):
-                tasks.create_task(self._keep(slot, tasks), name=f"relay-tie-{slot}")
+                tasks.create_task(self._keep(slot), name=f"relay-tie-{slot}")
 
-    async def _keep(self, slot: int, tasks: asyncio.TaskGroup) -> None:
+    async def _keep(self, slot: int) -> None:
         while True:
             relay = self._choose()
             if relay is None:
                 await asyncio.sleep(LOOK_EVERY_S)
                 continue
             ends = tuple((host_of(at), relay.relay_port) for at in relay.direct)
-            tether = Tether(self._identity, relay.peer_id, ends, self._target, self._met_at(relay.peer_id, tasks))
+            sought = partial(self._sought, relay.peer_id)
+            tether = Tether(self._identity, relay.peer_id, ends, self._target, sought)
             tether.welcome.add_done_callback(lambda _: self._changed())
             self._ties[slot] = relay, tether
             began_s = time.monotonic()
@@ -95,13 +92,6 @@ class Moorings:
                 self._changed()
             if time.monotonic() - began_s < LASTED_S:
                 self._avoided[relay.peer_id] = time.monotonic() + AVOID_S
-
-    def _met_at(self, relay_id: str, tasks: asyncio.TaskGroup) -> Callable[[End, bytes], None]:
-        def sought(relay: End, token: bytes) -> None:
-            if self._direct:
-                self.meetings.sought(relay_id, relay, token, tasks)
-
-        return sought
 
     def _choose(self) -> PeerRecord | None:
         now_s = time.monotonic()

@@ -23,6 +23,8 @@ class RelayLimits:
         calls: clients' connections, those that wait for their peer counted; `calls_per_provider`: of one peer;
             `calls_per_block`: of one block of addresses.
         waiting_per_provider: of these, such as wait for the peer.
+        seeks: clients that want to meet their peer here; `seeks_per_provider`: one peer; `seeks_per_block`: of one
+            block of addresses.
         strangers: connections of which nobody knows yet what they are; `strangers_per_block`: of one block of
             addresses.
         hello_s: seconds in which a connection says what it is.
@@ -38,6 +40,9 @@ class RelayLimits:
     calls_per_provider: int = 64
     calls_per_block: int = 48
     waiting_per_provider: int = 16
+    seeks: int = 64
+    seeks_per_provider: int = 16
+    seeks_per_block: int = 8
     strangers: int = 128
     strangers_per_block: int = 32
     hello_s: float = 5.0
@@ -64,6 +69,26 @@ class Call(Generic[Line]):
     seeks: bool = False
 
 
+class _Tally(Generic[Line]):
+    """Calls of one kind that there are."""
+
+    def __init__(self) -> None:
+        self.by_name: Counter[str] = Counter()
+        self.by_block: Counter[str] = Counter()  # from which they come
+
+    @property
+    def total(self) -> int:
+        return self.by_name.total()
+
+    def add(self, call: Call[Line]) -> None:
+        self.by_name[call.name] += 1
+        self.by_block[call.block] += 1
+
+    def remove(self, call: Call[Line]) -> None:
+        _less(self.by_name, call.name)
+        _less(self.by_block, call.block)
+
+
 class Switchboard(Generic[Line]):
     """Finds a client's peer by the name in its certificate."""
 
@@ -71,8 +96,8 @@ class Switchboard(Generic[Line]):
         self._limits = limits
         self._providers: dict[str, _Provider[Line]] = {}  # by name
         self._waiting: dict[bytes, Call[Line]] = {}  # by token
-        self._calls: Counter[str] = Counter()  # by name
-        self._callers: Counter[str] = Counter()  # by block
+        self._calls: _Tally[Line] = _Tally()
+        self._seeks: _Tally[Line] = _Tally()
         self._strangers: Counter[str] = Counter()  # by block
 
     @property
@@ -87,7 +112,12 @@ class Switchboard(Generic[Line]):
     @property
     def calls(self) -> int:
         """Clients' connections, those that wait counted."""
-        return self._calls.total()
+        return self._calls.total
+
+    @property
+    def seeks(self) -> int:
+        """Clients that want to meet their peer, or have just done so."""
+        return self._seeks.total
 
     # ------------------------------------------------------------------ who comes
 
@@ -140,7 +170,11 @@ class Switchboard(Generic[Line]):
         provider = self._providers.get(name)
         if provider is None:
             raise PeerLost("no peer of that name is registered")
-        call = self._admit(Call(name, block, client, seeks))
+        call = Call(name, block, client, seeks)
+        if seeks:
+            self._admit_seek(call)
+        else:
+            self._admit(call)
         token = secrets.token_bytes(TOKEN_BYTES)
         self._waiting[token] = call
         return token, provider.line
@@ -151,20 +185,30 @@ class Switchboard(Generic[Line]):
         Raises:
             PeerFull: as for `call`.
         """
-        return self._admit(Call(name, block, client))
+        call = Call(name, block, client)
+        self._admit(call)
+        return call
 
-    def _admit(self, call: Call[Line]) -> Call[Line]:
-        waiting = sum(1 for other in self._waiting.values() if other.name == call.name)
+    def _admit(self, call: Call[Line]) -> None:
+        waiting = sum(1 for other in self._waiting.values() if other.name == call.name and not other.seeks)
         if (
             self.calls >= self._limits.calls
-            or self._calls[call.name] >= self._limits.calls_per_provider
-            or self._callers[call.block] >= self._limits.calls_per_block
+            or self._calls.by_name[call.name] >= self._limits.calls_per_provider
+            or self._calls.by_block[call.block] >= self._limits.calls_per_block
             or waiting >= self._limits.waiting_per_provider
         ):
             raise PeerFull("this relay carries as many connections as it can")
-        self._calls[call.name] += 1
-        self._callers[call.block] += 1
-        return call
+        self._calls.add(call)
+
+    def _admit_seek(self, call: Call[Line]) -> None:
+        """Counted for themselves: a peer that does not come to meetings is still there for calls."""
+        if (
+            self.seeks >= self._limits.seeks
+            or self._seeks.by_name[call.name] >= self._limits.seeks_per_provider
+            or self._seeks.by_block[call.block] >= self._limits.seeks_per_block
+        ):
+            raise PeerFull("at this relay as many meet as can")
+        self._seeks.add(call)
 
     def answer(self, token: bytes) -> Call[Line] | None:
         """The call for which a peer has come; None: nobody waits with that token any longer."""
@@ -172,8 +216,7 @@ class Switchboard(Generic[Line]):
 
     def hang_up(self, call: Call[Line]) -> None:
         """The call has ended."""
-        _less(self._calls, call.name)
-        _less(self._callers, call.block)
+        (self._seeks if call.seeks else self._calls).remove(call)
 
 
 def _less(counter: Counter[str], key: str) -> None:

@@ -113,6 +113,9 @@ class Tether:
             except (OSError, TimeoutError) as error:
                 last = error
                 continue
+            except UnicodeError:
+                last = PeerLost("the relay's name is none")
+                continue
             seen = streams[1].get_extra_info("peername")
             if seen is None:  # it was gone before it could be asked for
                 last = ConnectionResetError("it ended the connection")

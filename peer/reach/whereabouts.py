@@ -20,6 +20,7 @@ from dht.record import MAX_ADDRESSES, PeerRecord
 from peer.config import PeerConfig
 from peer.host import SpanHost
 from peer.reach.dialback import ask
+from peer.reach.meetings import Meetings
 from peer.reach.moorings import Moorings
 from peer.reach.places import Place
 from peer.reach.relay import Relay, RelaySettings, open_relay
@@ -79,7 +80,8 @@ class Whereabouts:
         self._around = around
         self.relay = relay
         self._rng = random.Random()
-        self._moorings = Moorings(identity, around.peers, self._target, self._poke, direct=config.direct)
+        self._moorings = Moorings(identity, around.peers, self._target, self._poke, sought=self._seek)
+        self._meetings: Meetings | None = None  # None: clients are not met
         self._mooring: asyncio.Task[None] | None = None
         self._tasks: asyncio.TaskGroup
         self._poked = asyncio.Event()
@@ -102,6 +104,8 @@ class Whereabouts:
     async def run(self) -> None:
         """Asks when it is due, for ever."""
         async with task_group() as self._tasks:
+            if self._config.direct:
+                self._meetings = Meetings(self._target, self._tasks)
             while True:
                 self._poked.clear()
                 if self._is_due():
@@ -186,10 +190,18 @@ class Whereabouts:
     def _poke(self) -> None:
         self._poked.set()
 
+    def _seek(self, relay_id: str, relay: End, token: bytes) -> None:
+        if self._meetings is not None:
+            self._meetings.sought(relay_id, relay, token)
+
+    def _is_relayed(self, end: End) -> bool:
+        """Does a connection from there come through a relay, or from somebody met at one, and so from this machine?"""
+        return self._moorings.carries(end) or (self._meetings is not None and self._meetings.carries(end))
+
     def _target(self) -> End | None:
         """Where our own gRPC port is, for those who come through relays; its service is told who does."""
         if (host := self._around.host()) is not None:
-            host.service.dial_backs.is_relayed = self._moorings.carries
+            host.service.dial_backs.is_relayed = self._is_relayed
         return serving_end(self._config, self._around)
 
     # ------------------------------------------------------------------ people

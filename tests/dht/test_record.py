@@ -124,6 +124,8 @@ def test_a_peer_signs_for_itself_only() -> None:
         peer(addresses=("unix:/tmp/x:1",)),
         peer(addresses=("127.0.0.1:0",)),
         peer(addresses=("[zz]:1",)),
+        peer(addresses=("a..b:1",)),
+        peer(addresses=("x" * 64 + ":1",)),
         peer(addresses=("xn--\N{SNOWMAN}:1",)),
         peer(addresses=("127.0.0.1:\N{ARABIC-INDIC DIGIT ONE}",)),
         peer(addresses=tuple(f"h{n}:1" for n in range(9))),

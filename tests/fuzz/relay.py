@@ -83,6 +83,9 @@ LIMITS = RelayLimits(
     calls_per_provider=3,
     calls_per_block=2,
     waiting_per_provider=2,
+    seeks=3,
+    seeks_per_provider=2,
+    seeks_per_block=1,
     strangers=5,
     strangers_per_block=3,
     idle_s=20.0,
@@ -272,12 +275,18 @@ class Scene(Play):
         """While it goes on: no more is held than may be, and what was carried is what came."""
         board = self.relay.board
         assert board.providers <= LIMITS.providers and board.calls <= LIMITS.calls
-        assert max(board._calls.values(), default=0) <= LIMITS.calls_per_provider
-        assert max(board._callers.values(), default=0) <= LIMITS.calls_per_block
+        assert max(board._calls.by_name.values(), default=0) <= LIMITS.calls_per_provider
+        assert max(board._calls.by_block.values(), default=0) <= LIMITS.calls_per_block
+        assert board.seeks <= LIMITS.seeks
+        assert max(board._seeks.by_name.values(), default=0) <= LIMITS.seeks_per_provider
+        assert max(board._seeks.by_block.values(), default=0) <= LIMITS.seeks_per_block
         assert max(board._strangers.values(), default=0) <= LIMITS.strangers_per_block
         assert board._strangers.total() == sum(each._greeted for each in self.relay._entrances) <= LIMITS.strangers
         met_here = sum(each._meeting is not None for each in self.relay._entrances)
-        assert board._callers.total() == board.calls == len(board._waiting) + len(self.relay._splices) + met_here
+        seeking = sum(call.seeks for call in board._waiting.values())
+        assert board._seeks.by_block.total() == board.seeks == seeking + met_here
+        assert board._calls.by_block.total() == board.calls
+        assert board.calls == len(board._waiting) - seeking + len(self.relay._splices)
         for entrance in self.relay._entrances:
             wire, came_s = self._entered[entrance]
             if not wire.is_closing():

@@ -380,7 +380,7 @@ async def test_rounds_of_strangers_of_one_block_leave_no_count() -> None:
             channel = place.channel()
             assert await place.ask(channel) == b"hello"
             await channel.close()
-            await until(lambda: not any((board._waiting, board._calls, board._callers)))
+            await until(lambda: not any((board._waiting, board.calls, board.seeks)))
             assert list(board._providers) == [certificate_name(place.provider.peer_id)]
             await until(lambda: psutil.Process().num_fds() <= before)
         assert {"peer-full", "peer-lost", "bad-message", "bad-record"} <= set(place.relay.refusals)
