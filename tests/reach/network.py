@@ -4,7 +4,7 @@
                                             bridge (net)
     10.2.0.2 home-b ── router-b 45.77.40.2 ──┘             └── 45.77.20.2 two
 
-`room-a`, 10.3.0.2, is a second machine of home a, in another net behind the same router.
+`room-a`, 10.1.0.3, is a second machine of home a.
 
 The public addresses look like the internet's: libp2p announces no others. Needs root, `ip` and `nft`.
 """
@@ -20,11 +20,7 @@ import subprocess
 from collections.abc import Iterator
 
 PUBLIC = {"one": "45.77.10.2", "two": "45.77.20.2", "router-a": "45.77.30.2", "router-b": "45.77.40.2"}
-HOMES = {
-    "home-a": ("router-a", "lan", "10.1.0"),
-    "home-b": ("router-b", "lan", "10.2.0"),
-    "room-a": ("router-a", "lan2", "10.3.0"),
-}
+HOMES = {"home-a": ("router-a", "10.1.0", 2), "home-b": ("router-b", "10.2.0", 2), "room-a": ("router-a", "10.1.0", 3)}
 
 NAT = """
 table ip nat {
@@ -163,13 +159,17 @@ def two_homes() -> Iterator[Network]:
             _cable(network, place, "public", "net", f"to-{place}")
             _ip(network, "net", "link", "set", f"to-{place}", "master", "bridge")
             _ip(network, place, "addr", "add", f"{address}/16", "dev", "public")
-        for home, (router, device, net) in HOMES.items():
-            _cable(network, home, "lan", router, device)
-            _ip(network, home, "addr", "add", f"{net}.2/24", "dev", "lan")
-            _ip(network, router, "addr", "add", f"{net}.1/24", "dev", device)
-            _ip(network, home, "route", "add", "default", "via", f"{net}.1")
+        for router, net in {router: net for router, net, _ in HOMES.values()}.items():
+            _ip(network, router, "link", "add", "lan", "type", "bridge")
+            _ip(network, router, "link", "set", "lan", "up")
+            _ip(network, router, "addr", "add", f"{net}.1/24", "dev", "lan")
             network.run(router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
             network.run(router, "nft", "-f", "-", stdin=RULES)
+        for home, (router, net, number) in HOMES.items():
+            _cable(network, home, "lan", router, f"to-{home}")
+            _ip(network, router, "link", "set", f"to-{home}", "master", "lan")
+            _ip(network, home, "addr", "add", f"{net}.{number}/24", "dev", "lan")
+            _ip(network, home, "route", "add", "default", "via", f"{net}.1")
         yield network
 
 

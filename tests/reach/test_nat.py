@@ -171,6 +171,7 @@ def test_a_way_past_the_relays_that_is_cut_leads_back_to_them(homes: Homes) -> N
         with homes.ask("direct") as process:
             until(lambda: process.stdout.count("\n") >= TOKENS // 4, "the beginning of an answer")
             assert homes.network.is_connected("home-b", PUBLIC["router-a"])
+            until(lambda: not homes.used("home-b"), "the relay to be left")
             homes.network.block("home-b", PUBLIC["router-a"])
             before = process.stdout.count("\n")
             until(lambda: homes.used("home-b"), "a relay to be used")
