@@ -78,10 +78,15 @@ class Place:
 
 @contextlib.asynccontextmanager
 async def tied(
-    limits: RelayLimits | None = None, *, comes: bool = True, port: int | None = None, host: str = "127.0.0.1"
+    limits: RelayLimits | None = None,
+    *,
+    comes: bool = True,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    mbit_per_s: float = 1e5,
 ) -> AsyncIterator[Place]:
     """`port`: where identity 1 answers; None: it is made. `host`: the relay's."""
-    settings = RelaySettings(host, 0, 1e5, limits=limits or RelayLimits())
+    settings = RelaySettings(host, 0, mbit_per_s, limits=limits or RelayLimits())
     async with (
         contextlib.nullcontext(port) if port is not None else answering(1) as port,
         open_relay(identity(0).peer_id, settings) as relay,
@@ -241,12 +246,17 @@ async def test_a_peer_in_no_sessions_way_is_not_met() -> None:
         await channels.close()
 
 
+@pytest.mark.parametrize(("mbit_per_s", "prompt"), [(1e5, 1), (1.6, 3000)], ids=["quick", "slow"])
 async def test_a_peers_stream_to_the_next_one_goes_over_to_the_way_round(
-    tiny_llama: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, mbit_per_s: float, prompt: int
 ) -> None:
-    """Steps come in order before, at, and after that, and the answers are the unsplit model's bits."""
+    """Steps come in order before, at, and after that, and the answers are the unsplit model's bits; what the relay has
+    still to carry then, it carries."""
     folder = tiny_llama(N_BLOCKS)
-    async with peers(folder, FIRST, SECOND) as two, tied(port=two.hosts[1].port) as place:
+    async with (
+        peers(folder, FIRST, SECOND) as two,
+        tied(port=two.hosts[1].port, mbit_per_s=mbit_per_s) as place,
+    ):
         hidden = replace(record_of(two.hosts[1]), addresses=(place.at,), relayed=1)
 
         async def find(peer_id: str, useless: PeerRecord | None = None) -> PeerRecord | None:
@@ -254,7 +264,7 @@ async def test_a_peers_stream_to_the_next_one_goes_over_to_the_way_round(
 
         monkeypatch.setattr(two.links(), "_resolve", find)
         first, second = await two.chain()
-        tokens = [1] * 30  # before the first receipt
+        tokens = [prompt, *[1] * 29]  # before the first receipt
         model = load_span(resolve(str(folder)), Span(0, N_BLOCKS), dtype=torch.float32)
         sent, carried = steps(tokens), []
         for one, wanted in zip(sent, reference(model, tokens, Span(0, N_BLOCKS)), strict=True):
