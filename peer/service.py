@@ -41,10 +41,12 @@ class PeerService(pb_grpc.PeerServicer):
 
     Attributes:
         dial_backs: tells others whether they can be reached.
+        whence: from where a connection really comes, as grpc names both: it may be carried here by this very machine.
     """
 
     def __init__(self, house: House, describe: Callable[[], pb.Description]) -> None:
         self.dial_backs = DialBacks()
+        self.whence: Callable[[str], str] = lambda connection: connection
         self._house = house
         self._describe = describe
         self._visits: set[Visit] = set()
@@ -114,7 +116,7 @@ class PeerService(pb_grpc.PeerServicer):
 
     async def Infer(self, requests: AsyncIterator[pb.InferRequest], context: Any) -> None:  # noqa: N802
         async with self._counted(context):
-            visit = Visit(self._house, ReplyStream(context, self._house.tally), context.peer())
+            visit = Visit(self._house, ReplyStream(context, self._house.tally), self.whence(context.peer()))
             self._visits.add(visit)
             try:
                 await visit.run(requests)
@@ -128,7 +130,7 @@ class PeerService(pb_grpc.PeerServicer):
     @contextlib.asynccontextmanager
     async def _counted(self, context: Any) -> AsyncIterator[None]:
         """A stream, as one of those from its address; refused if there are too many."""
-        home, accounts = home_of(context.peer()), self._house.gate.accounts
+        home, accounts = home_of(self.whence(context.peer())), self._house.gate.accounts
         try:
             accounts.enter(home)
         except PeerFull as full:

@@ -64,6 +64,11 @@ def seen_host(connection: str) -> str | None:
     return None if (end := seen_end(connection)) is None else end[0]
 
 
+def connection_of(host: str, port: int) -> str:
+    """What grpc would call a connection from that IP address and port."""
+    return f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
 def seen_end(connection: str) -> tuple[str, int] | None:
     """The IP address and port from which a call came, as grpc names connections; None: it is none."""
     match = _PEER.fullmatch(unquote(connection))

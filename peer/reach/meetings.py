@@ -9,10 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 from peer.reach.quota import Quota
 from protocol.errors import PotluckError
-from protocol.hosts import block
+from protocol.hosts import block, connection_of, seen_end
 from protocol.meeting import meeting
 from protocol.relay_frames import End, here
 from protocol.splice import Splice
@@ -50,11 +51,16 @@ class Meetings:
         self._quota = Quota(PER_RELAY, OVERALL, WINDOW_S)
         self._under_way = 0
         self._held: Counter[str] = Counter()  # connections, by block
-        self._splices: dict[Splice, End] = {}  # with our own end of the connection to the gRPC port
+        self._met: dict[End, End] = {}  # by our own end of the connection to the gRPC port: where the client is
 
     def carries(self, end: End) -> bool:
         """Does a connection from there come from somebody whom this peer has met?"""
-        return end in self._splices.values()
+        return end in self._met
+
+    def whence(self, connection: str) -> str:
+        """From where a call really comes, that comes from this machine itself; both as grpc names connections."""
+        end = seen_end(connection)
+        return connection_of(*self._met[end]) if end in self._met else connection
 
     def sought(self, relay_id: str, relay: End, token: bytes) -> None:
         """A client wants to meet this peer at that relay. Where there are too many, none of them is told: it stays with
@@ -87,31 +93,34 @@ class Meetings:
         """Serves a connection, if there may be another one."""
         target = self._target()
         try:
-            there = block(connection.getpeername()[0])
+            there = _end(connection.getpeername())
         except OSError:  # it has ended
-            target = None
-        if target is None or self._held.total() >= MAX_CONNECTIONS or self._held[there] >= PER_BLOCK:
             connection.close()
             return
-        self._held[there] += 1
-        serving = self._tasks.create_task(self._serve(connection, target), name="met")
-        serving.add_done_callback(lambda _: self._let_go(there))
+        home = block(there[0])
+        if target is None or self._held.total() >= MAX_CONNECTIONS or self._held[home] >= PER_BLOCK:
+            connection.close()
+            return
+        self._held[home] += 1
+        serving = self._tasks.create_task(self._serve(connection, there, target), name="met")
+        serving.add_done_callback(lambda _: self._let_go(home))
 
-    def _let_go(self, there: str) -> None:
-        self._held[there] -= 1
+    def _let_go(self, home: str) -> None:
+        self._held[home] -= 1
         self._held += Counter()  # forgets those of which there are none
 
-    async def _serve(self, connection: socket.socket, target: End) -> None:
+    async def _serve(self, connection: socket.socket, there: End, target: End) -> None:
         """Joins a connection with this peer's own port, until it ends."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
         splice = Splice(ended=lambda: None if ended.done() else ended.set_result(None))
+        mine: End | None = None
         try:
             async with asyncio.timeout(DIAL_OWN_TIMEOUT_S):
                 await loop.create_connection(lambda: splice.first, sock=connection)
                 own, _ = await loop.create_connection(lambda: splice.second, *target)
-            name = own.get_extra_info("sockname")
-            self._splices[splice] = str(name[0]), int(name[1])
+            mine = _end(own.get_extra_info("sockname"))
+            self._met[mine] = there
             self.came += 1
             logger.info("a client comes without a relay")
             await ended
@@ -119,4 +128,9 @@ class Meetings:
             logger.debug("a client that was met could not be served: %s", error)
         finally:
             splice.abort()
-            self._splices.pop(splice, None)
+            if mine is not None:
+                del self._met[mine]
+
+
+def _end(name: Any) -> End:
+    return str(name[0]), int(name[1])

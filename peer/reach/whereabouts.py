@@ -202,6 +202,8 @@ class Whereabouts:
         """Where our own gRPC port is, for those who come through relays; its service is told who does."""
         if (host := self._around.host()) is not None:
             host.service.dial_backs.is_relayed = self._is_relayed
+            if self._meetings is not None:
+                host.service.whence = self._meetings.whence
         return serving_end(self._config, self._around)
 
     # ------------------------------------------------------------------ people

@@ -27,7 +27,7 @@ from protocol.bypass import Bypass, find_bypass
 from protocol.channel import connected, open_channel
 from protocol.errors import BadMessage, PeerLost
 from protocol.frames import step_frames
-from protocol.hosts import address
+from protocol.hosts import address, connection_of
 from protocol.identity import certificate_name
 from protocol.limits import MESSAGE_BYTES
 from protocol.loop import new_event_loop
@@ -116,6 +116,28 @@ async def tied(
 # ---------------------------------------------------------------------------- together
 
 
+async def test_a_client_that_was_met_counts_at_its_own_address(tiny_llama: Callable[[int], Path]) -> None:
+    folder = tiny_llama(SESSION_BLOCKS)
+    async with swarm(folder, "0:3", "3:6") as (hosts, known, session, _), tied(port=hosts[1].port) as place:
+        hidden, channels = replace(record_of(hosts[1]), addresses=(place.at,), relayed=1), Channels()
+        known.records = [record_of(hosts[0]), hidden]
+        known.channel, known.approach = channels.to, channels.approach  # type: ignore[assignment,method-assign]
+        asked: list[tuple[str, str]] = []
+
+        def whence(connection: str) -> str:
+            asked.append((connection, place.meetings.whence(connection)))
+            return "ipv4:192.0.2.7:5000"
+
+        hosts[1].service.whence = whence
+        await run(session, inputs(1))
+        ((mine, there),) = place.meetings._met.items()
+        assert (connection_of(*mine), connection_of(*there)) in asked
+        assert set(hosts[1].house.gate.accounts._streams) == {"192.0.2.7"}
+        assert place.meetings.whence("ipv4:127.0.0.1:1") == "ipv4:127.0.0.1:1"
+        await session.close()
+        await channels.close()
+
+
 async def goes_round_the_relay(host: str = "127.0.0.1") -> None:
     async with tied(host=host) as place:
         bypass = await place.find()
@@ -176,6 +198,7 @@ async def test_a_session_goes_on_through_the_relay_when_the_way_past_it_ends(tin
         hidden, channels = replace(record_of(hosts[1]), addresses=(place.at,), relayed=1), Channels()
         known.records = [record_of(hosts[0]), hidden]
         known.channel, known.approach = channels.to, channels.approach  # type: ignore[assignment,method-assign]
+        hosts[1].service.whence = place.meetings.whence
         given = inputs(8)
         outputs = await run(session, given[:4])
         assert place.relay.joined == 0 and place.meetings.came == 1

@@ -14,7 +14,7 @@ from peer.bucket import Bucket
 from peer.reach.hello import MAX_HELLO_BYTES, HelloReader, server_name
 from peer.reach.switchboard import Call, RelayLimits, Switchboard
 from protocol.errors import BadMessage, BadRecord, PeerFull, PeerLost, WireError
-from protocol.hosts import address, block, host_of, is_global, is_loopback, seen_end, seen_host
+from protocol.hosts import address, block, connection_of, host_of, is_global, is_loopback, seen_end, seen_host
 from protocol.identity import certificate_name
 from protocol.relay_frames import MAX_BODY_BYTES, NONCE_BYTES, TOKEN_BYTES, Frame, FrameReader, Kind, proof, proven
 from tests.harness import identity
@@ -266,6 +266,8 @@ def test_hosts() -> None:
 
 def test_where_calls_come_from() -> None:
     assert seen_end("ipv4:192.0.2.1:50000") == ("192.0.2.1", 50000)
+    for end in (("192.0.2.1", 50000), ("2001:db8::1", 443)):
+        assert seen_end(connection_of(*end)) == end
     assert seen_host("ipv6:%5B2001:db8::1%5D:443") == "2001:db8::1"
     assert seen_host("ipv6:[::ffff:192.0.2.1]:443") == "192.0.2.1"
     assert seen_host("unix:/tmp/x") is None and seen_host("ipv4:nonsense:1") is None
