@@ -5,17 +5,25 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from client.comparison import Mismatch, compare
+from client.config import ClientConfig
 from client.encoding import entry_of
+from client.model import SwarmModelForCausalLM
+from client.peers import ModelPeers
 from client.sample import LEAST, MOST, SEVERAL, Sample
+from client.swarm import Swarm
 from client.tolerance import Tolerance
 from protocol.journal import Entry
 from protocol.messages import HIDDEN
+from tests.harness import KnownPeers
+from tests.slicing.architectures import make_checkpoint
 
 WITHIN, ODD, FAINT = Tolerance(0.1, 0.01), 0.5, 0.05
 
@@ -99,3 +107,13 @@ def test_nobody_knows_beforehand_which_row_counts() -> None:
     again = compared(told, seed=0)
     assert again is not None
     assert tuple(token.row for token in again.tokens) == drawn[0]
+
+
+@pytest.mark.parametrize(("name", "is_routed"), [("llama", False), ("mixtral", True)])
+def test_sessions_know_by_the_models_configuration(name: str, is_routed: bool, tmp_path: Path) -> None:
+    make_checkpoint(name, tmp_path)
+    config = ClientConfig()
+    swarm = Swarm(config)
+    model = SwarmModelForCausalLM.from_pretrained(str(tmp_path), swarm=swarm, config=config)
+    peers = cast(ModelPeers, KnownPeers([]))
+    assert model.blocks._new_session(peers, "none", rows=1).spec.is_routed == is_routed
