@@ -19,11 +19,13 @@ from client.model import SwarmModelForCausalLM
 from client.peers import ModelPeers
 from client.sample import LEAST, MOST, SEVERAL, Sample
 from client.swarm import Swarm
-from client.tolerance import Tolerance
+from client.tolerance import Kind, Tolerance
 from protocol.journal import Entry
 from protocol.messages import HIDDEN
+from protocol.span import Span
+from slicing import load_span, resolve
 from tests.harness import KnownPeers
-from tests.slicing.architectures import make_checkpoint
+from tests.slicing.architectures import N_BLOCKS, make_checkpoint
 
 WITHIN, ODD, FAINT = Tolerance(0.1, 0.01), 0.5, 0.05
 
@@ -107,6 +109,28 @@ def test_nobody_knows_beforehand_which_row_counts() -> None:
     again = compared(told, seed=0)
     assert again is not None
     assert tuple(token.row for token in again.tokens) == drawn[0]
+
+
+@torch.inference_mode()
+def test_honest_peers_that_choose_other_experts_are_not_accused(tmp_path: Path) -> None:
+    make_checkpoint("gpt_oss", tmp_path)
+    span, source = Span(0, N_BLOCKS), resolve(str(tmp_path))
+    audited, auditor = (load_span(source, span, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    within = Tolerance.between(Kind("bfloat16"), Kind("float32"), "none", N_BLOCKS)
+    torch.manual_seed(0)
+    accused: list[bool] = []
+    for _ in range(4):
+        hidden = torch.randn(1, 192, 64)
+        cache = audited.new_cache()
+        told = [audited.step(token.bfloat16(), cache).float() for token in hidden.split(1, dim=1)]
+        again = list(auditor.step(hidden, auditor.new_cache()).split(1, dim=1))
+        for is_routed in (False, True):
+            rng, sample = random.Random(0), Sample()
+            logs = entries(again), entries(told), again
+            found = compare(*logs, within, 192, sample, {}, rng, is_routed=is_routed)[1]
+            assert found is None or not is_routed
+            accused.append(found is not None)
+    assert any(accused), "where the model were dense, somebody would be"
 
 
 @pytest.mark.parametrize(("name", "is_routed"), [("llama", False), ("mixtral", True)])
