@@ -122,8 +122,8 @@ def test_honest_peers_that_choose_other_experts_are_not_accused(tmp_path: Path) 
     for _ in range(4):
         hidden = torch.randn(1, 192, 64)
         cache = audited.new_cache()
-        told = [audited.step(token.bfloat16(), cache).float() for token in hidden.split(1, dim=1)]
-        again = list(auditor.step(hidden, auditor.new_cache()).split(1, dim=1))
+        told = [audited.step(token.bfloat16(), cache).float() for token in torch.split(hidden, 1, dim=1)]
+        again = list(torch.split(auditor.step(hidden, auditor.new_cache()), 1, dim=1))
         for is_routed in (False, True):
             rng, sample = random.Random(0), Sample()
             logs = entries(again), entries(told), again
