@@ -21,7 +21,7 @@ from benchmarks.liars_page import INTRODUCTION, LENGTHS, TAIL
 from benchmarks.liars_pairs import codecs_table, finds, honest_pairs, pairs_table
 from benchmarks.liars_verdicts import verdicts
 from benchmarks.lies import BFLOAT16, FLOAT32, LIES, WHAT, Recording, record, rows
-from client.sample import LEAST, MOST
+from client.sample import LEAST, MOST, SEVERAL
 from client.tolerance import MARGIN, TYPICAL_MARGIN, Kind, Tolerance, distances
 from protocol.identity import Identity
 from protocol.messages import HIDDEN, TensorSpec
@@ -125,7 +125,13 @@ def report(sessions: int, tokens: int, scale: float) -> str:
     pairs = {name: honest_pairs(recordings[name], name) for name in CODECS}
     every = [pair for found in pairs.values() for pair in found]
     compared, accused = sum(p.compared for p in every), sum(p.accused for p in every)
-    margins = {"margin": f"{MARGIN:g}", "typical": f"{TYPICAL_MARGIN:g}", "least": LEAST, "most": MOST}
+    margins = {
+        "margin": f"{MARGIN:g}",
+        "typical": f"{TYPICAL_MARGIN:g}",
+        "least": LEAST,
+        "most": MOST,
+        "several": SEVERAL,
+    }
     lines = [INTRODUCTION.format(cost=costs(), **margins), pairs_table(pairs[DEFAULT]), "", codecs_table(pairs)]
     lines.append(f"\n{compared:,} tokens of honest peers were compared; accused: **{accused}**.\n")
     lines += [LENGTHS, lengths_table(max(1, sessions // 4), tokens, DEFAULT), ""]

@@ -72,7 +72,8 @@ a budget), or was told by a peer that was replaced since; what was not through w
 that it kept nothing is not avoided for it, though a liar may say so.
 **Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within both bounds below,
 which are those of the kind of peer that the liar says it is: weights of 8 bits that are said to have 16, for one; what
-is beyond the second one alone in fewer than {least} tokens, or in less than half of them; what a peer reads.
+is beyond the second one alone in fewer than {least} tokens, or in less than half of them; with experts, what is beyond
+the first one in fewer than {several} tokens of {most}; what a peer reads.
 
 ## Tolerance
 
@@ -85,11 +86,23 @@ difference over the larger norm. There are two bounds (`client/tolerance.py`):
   another model, nearly: where only one side has them, twice what that was found to do is allowed besides, so that only
   their like is compared closely. That is why auditors of the same kind are taken first.
 - **for the median** of the tokens that were compared last at a hop: of {least} at least, of {most} at most, one row of
-  each. Some honest tokens are far off, but most are not, while who computes with coarser weights than it says is off in
-  all of them. What is allowed is {typical} times the median that was found: a part for each block (rounding is as good
-  as independent from block to block, so squares add up), and one for each time that results are encoded. A third peer
-  decides here, too, by medians over the same tokens. In doubt is all that the hop has computed in the session, from the
-  first token that was compared.
+  each, drawn when they are compared: a peer that knew it could lie in all others. Some honest tokens are far off, but
+  most are not, while who computes with coarser weights than it says is off in all of them. What is allowed is
+  {typical} times the median that was found: a part for each block (rounding is as good as independent from block to
+  block, so squares add up), and one for each time that results are encoded. A third peer decides here, too, by medians
+  over the same tokens. In doubt is all that the hop has computed in the session, from the first token that was
+  compared.
+
+Where tokens choose among **experts** (the client knows that by the model's configuration), rounding now and then
+chooses another expert, and an honest token is off by far more than rounding. There a single token accuses nobody:
+{several} of the last {most} compared rows beyond the bound for a token do, or the median. So such a hop may lie in few
+tokens, as much as it likes, and is not noticed; only what is no number, or of another shape, is noticed in any token.
+
+Only a dense model was measured for these tables. Of models with experts, tiny random ones were tried without a codec:
+`gpt_oss`, `mixtral` and `qwen3_moe`, all six blocks in one hop, 1,152 tokens of each pair of number formats. Tokens
+were off by 0.22 where 0.136 is allowed (`gpt_oss`, bfloat16 against float32), and by 0.05 where 0.032 is (`mixtral`,
+float16); 2 in {most} at most were beyond the bound, and no median was. Larger models with more blocks and experts may
+differ.
 
 Measured on activations of the demo model, three spans of 9, 6 and 9 blocks, audited peers one token at a time, auditors
 up to 512 at once, with the codec `int8`. *In a row* is the median of up to {most} tokens in a row that came nearest to

@@ -215,7 +215,16 @@ class Auditor:
         recomputed = await shadow.run(account.inputs, self._moves, self._config.step_timeout_s)
         within = self._within(case.hop, kind_of(case.hop.link.peer), shadow)
         tokens, mismatch = await asyncio.to_thread(
-            compare, account.inputs, account.outputs, recomputed, within, step_id, case.sample, rows
+            compare,
+            account.inputs,
+            account.outputs,
+            recomputed,
+            within,
+            step_id,
+            case.sample,
+            rows,
+            random.Random(self._rng.getrandbits(64)),  # compared in a thread
+            is_routed=self._spec.is_routed,
         )
         self.stats.audits += 1
         self.stats.tokens += tokens

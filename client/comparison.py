@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -23,14 +25,16 @@ class Mismatch:
     Attributes:
         step_id: up to which both were compared.
         position: of the first token in doubt, in the caches.
-        tokens: the one that is too far off, or several whose median is.
-        apart: how far that is.
+        tokens: the one that is too far off, or several that are, or whose median is.
+        apart: how far that is; of several, their median.
+        is_typical: is it a median of tokens that are not all too far off themselves?
     """
 
     step_id: int
     position: int
     tokens: tuple[Compared, ...]
     apart: Distance
+    is_typical: bool = False
 
     def from_third(
         self, inputs: Sequence[Entry], tensors: Sequence[Tensor], to_hop: Tolerance, to_shadow: Tolerance
@@ -50,11 +54,8 @@ class Mismatch:
             row = found.narrow(-3, token.row, 1)
             committed.append(float(_apart(row, token.committed).amax()))
             recomputed.append(float(_apart(row, token.recomputed).amax()))
-        count = len(self.tokens)
-        return (
-            Distance(median_low(committed), to_hop.of(count)),
-            Distance(median_low(recomputed), to_shadow.of(count)),
-        )
+        limits = [within.typical if self.is_typical else within.token for within in (to_hop, to_shadow)]
+        return Distance(median_low(committed), limits[0]), Distance(median_low(recomputed), limits[1])
 
 
 def compare(
@@ -65,6 +66,9 @@ def compare(
     step_id: int,
     sample: Sample,
     rows: Mapping[int, Tensor],
+    rng: random.Random,
+    *,
+    is_routed: bool = False,
 ) -> tuple[int, Mismatch | None]:
     """Compares the tokens that are in both logs, which may have joined or cropped them differently: how many, and the
     first that are too far off.
@@ -75,6 +79,10 @@ def compare(
         step_id: up to which the logs go.
         sample: of the tokens that were compared before; these are added.
         rows: those of a position that mean something, int64; all of them, where a position is not among these.
+        rng: draws which row of a token counts for the median. A peer that knew it could lie in all others.
+        is_routed: do tokens choose among experts? One that is too far off may then have chosen otherwise, and proves
+            nothing: several do, or the median, over the rows that were drawn. What is no number, or of another shape,
+            always does.
 
     Raises:
         PeerFault: outputs cannot be read.
@@ -92,15 +100,13 @@ def compare(
         if not meaningful:
             continue
         worst = max(meaningful, key=apart.tolist().__getitem__)
-        if apart[worst] > within.token:
+        if apart[worst] > within.token and not (is_routed and math.isfinite(apart[worst])):
             token = _row(position, one, other, apart, worst)
             return len(positions), Mismatch(step_id, position, (token,), Distance(token.apart, within.token))
-        row = meaningful[position % len(meaningful)]  # of each one now and then
-        typical.append(_row(position, one, other, apart, row))
-    if far := sample.take(typical, within.typical):
-        assert sample.first is not None
-        median = Distance(median_low([token.apart for token in far]), within.typical)
-        return len(positions), Mismatch(step_id, sample.first, far, median)
+        typical.append(_row(position, one, other, apart, rng.choice(meaningful)))
+    if far := sample.take(typical, within.typical, within.token if is_routed else math.inf):
+        median = Distance(median_low([token.apart for token in far.tokens]), far.limit)
+        return len(positions), Mismatch(step_id, far.first, far.tokens, median, far.is_typical)
     return len(positions), None
 
 

@@ -34,6 +34,7 @@ from slicing import (
     RemoteCache,
     fingerprint,
     hasten,
+    is_routed,
     load_config,
     load_head,
     n_blocks,
@@ -310,10 +311,11 @@ def _build(
     source = resolve(config.model or swarm.only_model())
     dtype = None if config.dtype == "auto" else cast(torch.dtype, getattr(torch, config.dtype))
     head = load_head(source, dtype=dtype, device=config.device, progress=progress)
-    total, own = n_blocks(load_config(source)), None
+    architecture = load_config(source)
+    total, own = n_blocks(architecture), None
     if config.audit_blocks is not None:
         own = OwnBlocks.load(source, config.audit_blocks, total, dtype, config.device, progress)
-    blocks = RemoteBlocks(swarm, fingerprint(source), total, config, on_event, own)
+    blocks = RemoteBlocks(swarm, fingerprint(source), total, config, on_event, own, is_routed=is_routed(architecture))
     hasten(head, torch.get_num_threads())
     head.attach(blocks)
     # The architecture's class first in name, SwarmModel first in behaviour.

@@ -66,6 +66,7 @@ class RemoteBlocks:
     Args:
         on_event: told when a session's chain changes or waits.
         own: blocks that this client has itself, for audits.
+        is_routed: do the model's tokens choose among experts?
 
     Attributes:
         fingerprint, n_blocks: of the model.
@@ -81,9 +82,12 @@ class RemoteBlocks:
         config: ClientConfig,
         on_event: Callable[[str], None] = logger.info,
         own: OwnBlocks | None = None,
+        *,
+        is_routed: bool = False,
     ) -> None:
         self._swarm = swarm
         self._own = own
+        self._is_routed = is_routed
         self.fingerprint = fingerprint
         self.n_blocks = n_blocks
         self._config = config
@@ -264,6 +268,7 @@ class RemoteBlocks:
             batch=rows,
             max_tokens=max_tokens,
             stateless=stateless,
+            is_routed=self._is_routed,
         )
         return Session(spec, peers, self._swarm.blame, self._config, self._event, self._own, auditors)
 

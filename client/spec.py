@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class SessionSpec:
     """What a session is opened with: the model, its number of blocks, rows, and tokens per row (0: not known).
 
-    `batch` and `max_tokens` are reserved on each peer.
+    `batch` and `max_tokens` are reserved on each peer. `is_routed`: do tokens choose among experts?
     """
 
     fingerprint: str
@@ -18,3 +18,4 @@ class SessionSpec:
     batch: int = 1
     max_tokens: int = 0
     stateless: bool = False
+    is_routed: bool = False

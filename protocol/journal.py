@@ -246,7 +246,40 @@ def _joinable(first: Entry, second: Entry, max_tokens: int) -> bool:
         and first.rows * (first.tokens + second.tokens) <= max_tokens
         and len(first.parts) + len(second.parts) <= MAX_TENSORS
         and _names(first) == _names(second)
+        and _grows(first, second)
     )
+
+
+def _grows(first: Entry, second: Entry) -> bool:
+    """Is the earlier step's attention mask, row by row, the beginning of the later one's, which alone is kept? Where it
+    is not, the earlier step was computed under a mask that the joined one would not have."""
+    earlier, later = _masks(first), _masks(second)
+    if not earlier and not later:
+        return True
+    if len(earlier) != 1 or len(later) != 1:
+        return False
+    one, other = earlier[0].spec, later[0].spec
+    if (one.codec, other.codec) != ("none", "none") or one.dtype != other.dtype:
+        return False  # bytes that are not the same value after value
+    if len(one.shape) != 2 or len(other.shape) != 2:
+        return False
+    count = one.keep or one.shape[token_axis(ATTENTION_MASK)]
+    before = _columns(earlier[0], count)
+    return before is not None and before == _columns(later[0], count)
+
+
+def _masks(entry: Entry) -> list[Part]:
+    return [part for part in entry.parts if part.spec.name == ATTENTION_MASK]
+
+
+def _columns(mask: Part, count: int) -> list[bytes] | None:
+    """The first columns of each row of a mask [rows, tokens]; None: it has fewer, or no bytes of that shape."""
+    spec = mask.spec
+    rows, width = spec.shape
+    if not rows or not width or count > (spec.keep or width) or len(mask.payload) % (rows * width):
+        return None
+    row, kept = len(mask.payload) // rows, len(mask.payload) // (rows * width) * count
+    return [bytes(mask.payload[start : start + kept]) for start in range(0, rows * row, row)]
 
 
 def _names(entry: Entry) -> set[str]:

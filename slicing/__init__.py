@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slicing.blocks import block_bytes
     from slicing.cache import CacheOp, SpanCache
-    from slicing.config import hidden_size, kv_values, load_config, model_class, n_blocks
+    from slicing.config import hidden_size, is_routed, kv_values, load_config, model_class, n_blocks
     from slicing.cuts import check_architecture, check_span, is_proven, legal_cuts, nearest_spans
     from slicing.fingerprints import block_digests, fingerprint
     from slicing.head import Head, load_head
@@ -55,6 +55,7 @@ __all__ = [
     "hasten",
     "hidden_size",
     "is_proven",
+    "is_routed",
     "kv_values",
     "legal_cuts",
     "load_config",
@@ -71,7 +72,7 @@ __all__ = [
 _HOME = {
     "slicing.blocks": ("block_bytes",),
     "slicing.cache": ("CacheOp", "SpanCache"),
-    "slicing.config": ("hidden_size", "kv_values", "load_config", "model_class", "n_blocks"),
+    "slicing.config": ("hidden_size", "is_routed", "kv_values", "load_config", "model_class", "n_blocks"),
     "slicing.cuts": ("check_architecture", "check_span", "is_proven", "legal_cuts", "nearest_spans"),
     "slicing.fingerprints": ("block_digests", "fingerprint"),
     "slicing.head": ("Head", "load_head"),

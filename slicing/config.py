@@ -107,6 +107,24 @@ def hidden_size(config: PreTrainedConfig) -> int:
     return cast(int, text_config(config).hidden_size)
 
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def is_routed(config: PreTrainedConfig) -> bool:
+    """Do the model's tokens choose among experts? Rounding may then choose another one.
+
+    Also said of the few that name a number of experts and have none.
+    """
+    text = text_config(config)
+    return any(_most(getattr(text, name, None)) > 1 for name in _EXPERTS)
+
+
+def _most(value: object) -> int:
+    """Of a number, or of one for each block."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return max((one for one in values if isinstance(one, int)), default=0)
+
+
 def hidden_dtypes(config: PreTrainedConfig) -> frozenset[torch.dtype]:
     """The dtypes that hidden states may have between blocks of a loaded model: its own, and for mamba float32 too."""
     import torch

@@ -158,6 +158,30 @@ def test_who_passes_on_another_mask_is_found(
         assert any("passes on other positions or masks" in event for event in client.events), client.events
 
 
+def test_masks_that_change_backwards_convict_nobody_who_computed_under_them(
+    checkpoint: Path, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first peer hides what came before in every other step. The one after it does what it is told each time."""
+    worker = cast(Any, peers.hosts[0].engine)._worker
+    onward = worker._onward
+
+    def altered(session: Any, step: Any, hidden: Tensor) -> Entry:
+        entry = onward(session, step, hidden)
+        return replace(entry, parts=tuple(hiding(part) for part in entry.parts)) if step.step_id % 2 else entry
+
+    def hiding(part: Part) -> Part:
+        if part.spec.name != ATTENTION_MASK:
+            return part
+        rows, width = part.spec.shape
+        return replace(part, payload=(bytes(5) + b"\1" * (width - 5)) * rows)
+
+    monkeypatch.setattr(worker, "_onward", altered)
+    monkeypatch.setattr("client.account.Account.check", lambda account: None)  # which would convict the first
+    with use(peers, checkpoint, audit=0.2, audit_wait_s=20.0) as client:
+        answer(client.model, "padding")
+        assert peers.ids[1] not in client.swarm.blame.avoided(), client.events
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_audits_go_on_where_a_peer_was_replaced(
     checkpoint: Path, peers: Peers, wanted: dict[str, Tensor], question: str

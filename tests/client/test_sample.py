@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from client.sample import LEAST, MOST, Compared, Sample
+from client.sample import LEAST, MOST, SEVERAL, Compared, Sample
 
 LIMIT = 0.1
 STEP = torch.zeros(1, 1, 512, 4)  # what tokens are views of
@@ -29,8 +29,9 @@ def test_many_faint_ones_are_found_over_several_audits() -> None:
     assert sample.take(tokens(3, [0.2] * 10), LIMIT) is None
     far = sample.take(tokens(13, [0.2] * 10), LIMIT)
     assert far is not None
-    assert [token.position for token in far] == list(range(3, 3 + LEAST))
-    assert sample.first == 3
+    assert [token.position for token in far.tokens] == list(range(3, 3 + LEAST))
+    assert sample.first == far.first == 3
+    assert far.is_typical
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 400])
@@ -41,9 +42,9 @@ def test_who_begins_late_is_found_within_the_tokens_that_are_kept(at_once: int) 
         if far is not None:
             break
     assert far is not None
-    assert len(far) == MOST
-    assert far[-1].position == 200 + MOST // 2, "more than half of them"
-    assert sample.first == 0
+    assert len(far.tokens) == MOST
+    assert far.tokens[-1].position == 200 + MOST // 2, "more than half of them"
+    assert sample.first == far.first == 0
 
 
 def test_tokens_that_were_taken_back_do_not_count() -> None:
@@ -53,6 +54,20 @@ def test_tokens_that_were_taken_back_do_not_count() -> None:
         assert sample.take(tokens(8, [0.2] * 7), LIMIT) is None, "the same positions again"
     assert sample.take(tokens(8, [0.2] * 9), LIMIT) is not None
     assert sample.take([], LIMIT) is None
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 400])
+def test_several_that_stand_out_are_found_where_one_may(at_once: int) -> None:
+    seldom, often = ([2.0] + [0.01] * (every - 1) for every in (MOST // (SEVERAL - 1) + 1, MOST // (SEVERAL + 1)))
+    for period, is_found in ((seldom, False), (often, True)):
+        sample, apart, found = Sample(), period * 10, []
+        for start in range(0, len(apart), at_once):
+            if far := sample.take(tokens(start, apart[start : start + at_once]), LIMIT, alone=1.0):
+                found.append(far)
+        assert bool(found) == is_found
+        for far in found[:1]:
+            assert [token.apart for token in far.tokens] == [2.0] * SEVERAL
+            assert (far.limit, far.first, far.is_typical) == (1.0, 0, False)
 
 
 def test_what_is_kept_does_not_keep_whole_steps() -> None:

@@ -55,6 +55,12 @@ def test_coarser_numbers_may_be_further_apart() -> None:
     assert bound(Kind("float32", ""), Kind("float32", "none"), "none") == bound(kinds[0], kinds[0], "none")
 
 
+def test_float32_may_be_multiplied_as_in_float16() -> None:
+    single, half = Kind("float32"), Kind("float16")
+    assert bound(single, single, "none") == bound(half, single, "none") == pytest.approx(0.032)
+    assert bound(single, single, "int8") < 0.29, "what faint noise was measured to do"
+
+
 def test_what_is_typical_is_less_than_what_is_allowed_of_one_token() -> None:
     bf16 = Kind("bfloat16", "none")
     for kind in (Kind("float32"), bf16):

@@ -1,6 +1,7 @@
 """Whatever was appended, a replay of the journal leaves a cache as the original steps left it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,81 @@ def test_a_cropped_mask_covers_the_past_too() -> None:
     assert [e.tokens for e in journal.batches(100)] == [4], "one replay, with the last mask only"
     joined = next(journal.batches(100))
     assert [p.spec.name for p in joined.parts].count(ATTENTION_MASK) == 1
+
+
+def masked(position: int, mask: list[list[int]], tokens: int = 1, **changed: object) -> Entry:
+    """A step of so many tokens, under this mask of rows, changed so."""
+    columns = part(mask, ATTENTION_MASK)
+    columns = replace(columns, spec=replace(columns.spec, **changed))  # type: ignore[arg-type]
+    return Entry(position, tokens, len(mask), (part([[position] * tokens] * len(mask)), columns))
+
+
+def test_padded_prompts_and_what_follows_them_are_joined() -> None:
+    journal, mask = Journal(), [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]
+    journal.append(masked(0, mask, tokens=4))
+    for position in range(4, 40):
+        mask = [[*row, 1] for row in mask]
+        journal.append(masked(position, mask))
+    (replay,) = journal.batches(1000)
+    assert replay.tokens == 40
+    assert [bytes(p.payload) for p in replay.parts if p.spec.name == ATTENTION_MASK] == [
+        bytes(v for row in mask for v in row)
+    ]
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda rows: st.lists(
+            st.lists(st.lists(st.integers(0, 1), min_size=9, max_size=9), min_size=rows, max_size=rows), max_size=8
+        )
+    ),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+)
+def test_a_step_is_never_replayed_under_another_mask(masks: list[list[list[int]]], like_before: list[bool]) -> None:
+    """Each token of a replay sees of the past what its own step let it see."""
+    journal, before = Journal(), list[list[int]]()
+    sent: list[list[list[int]]] = []
+    for position, mask in enumerate(masks):
+        mask = [row[: position + 1] for row in mask]
+        if before and like_before[position]:
+            mask = [[*old, row[-1]] for old, row in zip(before, mask, strict=True)]
+        sent.append(before := mask)
+        journal.append(masked(position, mask))
+    replays = list(journal.batches(100))
+    for replay in replays:
+        (whole,) = (p for p in replay.parts if p.spec.name == ATTENTION_MASK)
+        width = whole.spec.shape[1]
+        rows = [list(whole.payload[i * width : (i + 1) * width]) for i in range(replay.rows)]
+        for position in range(replay.position, replay.position + replay.tokens):
+            assert [row[: position + 1] for row in rows] == sent[position]
+    changes = sum([row[:-1] for row in now] != was for was, now in pairwise(sent))
+    assert len(replays) == (changes + 1 if sent else 0), "and what can be joined is"
+
+
+def test_masks_that_change_backwards_are_not_joined() -> None:
+    journal = Journal()
+    for position in range(5, 11):
+        journal.append(masked(position, [[position % 2 == 0] * 5 + [1] * (position - 4)]))
+    assert [replay.tokens for replay in journal.batches(100)] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        masked(3, [[1, 1, 1, 1]], dtype="int8"),
+        masked(3, [[1, 1, 1, 1]], codec="int8"),
+        masked(3, [[1, 1, 1, 1]], keep=2),
+        masked(3, [[1, 1, 1, 1]], shape=(4,)),
+        masked(3, [[1, 1, 1, 1]], shape=(1, 3)),
+        masked(3, [[1, 1, 1, 1]], shape=(0, 4)),
+        masked(3, [[1, 1]]),
+        replace(masked(3, [[1, 1, 1, 1]]), parts=(*masked(3, [[1, 1, 1, 1]]).parts, part([[1] * 4], ATTENTION_MASK))),
+    ],
+    ids=["number format", "codec", "crop", "shape", "bytes", "no rows", "shorter", "two"],
+)
+def test_masks_that_cannot_be_compared_are_not_joined(later: Entry) -> None:
+    journal = Journal([masked(2, [[1, 1, 1]]), later])
+    assert [replay.tokens for replay in journal.batches(100)] == [1, 1]
 
 
 # ---------------------------------------------------------------------- a log of all steps, for whoever lacks some

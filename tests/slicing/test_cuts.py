@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from protocol.errors import IllegalCut, ModelError, NoBlockStack
 from protocol.span import Span
-from slicing import check_architecture, check_span, hidden_size, legal_cuts, model_class, n_blocks, nearest_spans
+from slicing import (
+    check_architecture,
+    check_span,
+    hidden_size,
+    is_routed,
+    legal_cuts,
+    model_class,
+    n_blocks,
+    nearest_spans,
+)
+from slicing.config import part_that_writes
 from slicing.cuts import REFUSED
 from tests.slicing.architectures import ARCHITECTURES, N_BLOCKS, make_config
 
+NAMES_EXPERTS = {"doge", "nemotron_h", "youtu"}  # though these have none
 EVERYWHERE = tuple(range(N_BLOCKS + 1))
 
 
@@ -21,6 +33,20 @@ def test_most_architectures_can_be_cut_everywhere(name: str) -> None:
     assert legal_cuts(make_config(name)) == EVERYWHERE
     assert n_blocks(make_config(name)) == N_BLOCKS
     assert hidden_size(make_config(name)) == 64
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_models_whose_tokens_choose_experts_are_known(name: str) -> None:
+    """By what their blocks are made of, not by what their configuration calls it."""
+    with torch.device("meta"):
+        model = model_class(config := part_that_writes(make_config(name)))(config)
+    made_of = {part for module in model.modules() for part in type(module).__name__.lower().split("_")}
+    has_experts = any("experts" in part or "topkrouter" in part for part in made_of)
+    if name == "hunyuan_v1_moe":
+        assert config.num_experts == 1
+        assert not is_routed(config), "there is nothing to choose"
+        config.num_experts = 2
+    assert is_routed(config) == (has_experts or name in NAMES_EXPERTS), made_of
 
 
 def test_a_tail_that_shares_keys_and_values_stays_with_its_source() -> None:
