@@ -124,11 +124,13 @@ class Account:
             Partial: a peer leaves out what it must have.
             Recanted: it is not, which is one.
         """
+        whole = {entry.step_id for entry in self.wanted if not is_cropped(entry)}
         for each, log in ((self.before, self.inputs), (self.hop, self.outputs)):
             if each is None:
                 continue
             wrong = wrong_outputs(each.ledger, log)
-            if sure := [entry for entry in wrong if not is_cropped(entry)]:
+            never_cropped = {step_id for step_id in whole if each.ledger.has_said(step_id)}  # whatever it says
+            if sure := [entry for entry in wrong if not is_cropped(entry) or entry.step_id in never_cropped]:
                 raise Recanted(each, sure[0].step_id)
             if wrong:
                 raise Unaudited("what it sent was cropped since")

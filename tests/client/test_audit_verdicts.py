@@ -24,7 +24,7 @@ from client.shadow import Recomputation, Shadow
 from client.tolerance import Kind, Tolerance
 from client.verdict import Distance
 from protocol.errors import PeerFull, SessionLost
-from protocol.journal import Entry
+from protocol.journal import Entry, Part
 from protocol.messages import CacheOp, HopTrace
 from protocol.span import Span
 from tests.api.local import _Hosts, _loop
@@ -99,6 +99,22 @@ def test_who_recalls_only_a_part_is_given_up(
         client.events.clear()
         assert torch.equal(client.answer(), wanted), "it is not used again"
         assert not client.events
+
+
+def test_who_says_that_its_lies_were_cropped_is_convicted(
+    checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cropped(kept: list[Entry]) -> list[Entry]:
+        entries = [entry.cropped(entry.tokens) for entry in kept]
+        return [replace(entry, parts=tuple(negated(part) for part in entry.parts)) for entry in entries]
+
+    def negated(part: Part) -> Part:
+        return replace(part, payload=bytes(byte ^ 0x80 for byte in part.payload))
+
+    recalls(monkeypatch, peers, 0, cropped)
+    with use(peers, checkpoint, speculate="off") as client:
+        assert torch.equal(client.answer(), wanted)
+        assert accused(client.swarm.blame) == {peers.ids[0]}
 
 
 def test_where_nobody_else_is_there_it_is_said_once(
