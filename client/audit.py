@@ -236,8 +236,9 @@ class Auditor:
             PotluckError: a peer does not tell.
         """
         account = await recalled(hop, self._chain.hops, self._inputs, self._results, first_step, step_id)
-        if not {hop, account.before or hop} <= set(self._chain.hops):  # where a pass is cancelled its steps never were
-            raise Unaudited("the hop has left the chain")
+        has_left = not {hop, account.before or hop} <= set(self._chain.hops)
+        if has_left:  # perhaps with a pass that was cancelled, whose steps, and crops, never were
+            account = replace(account, memories=(), wanted=())
         try:
             account.check()
         except Partial as part:
@@ -246,6 +247,8 @@ class Auditor:
         except Recanted as liar:
             self._convict(liar.hop, self._starts[liar.step_id], liar.why)
             return None
+        if has_left:
+            raise Unaudited("the hop has left the chain")
         return account
 
     def _within(self, hop: Hop, kinds: Iterable[Kind], *shadows: Recomputation) -> Tolerance:
@@ -276,6 +279,7 @@ class Auditor:
             return
         third = await self._third(hop, shadow, mismatch)
         if third is None:
+            case.drop_shadow()
             return
         culprit = judge(mismatch.apart, *third)
         logger.info("%s and %s differ by %.2g: %s", hop.name, shadow.name, mismatch.apart.apart, culprit)
