@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from protocol.errors import PotluckError
 from protocol.journal import Entry, StepLog
 
 logger = logging.getLogger(__name__)
+
+SIGN_TIMEOUT_S = 2.0  # for a receipt: whoever does not answer is not to make audits wait until the session ends
 
 
 class Unaudited(Exception):  # not an error, but why there is no result
@@ -181,9 +184,10 @@ async def recalled(
 async def _sign(hop: Hop) -> None:
     """Has the last hop sign what it said. Its audit needs nothing else from it, so it cannot refuse to be audited."""
     try:
-        await hop.recall()
-    except PotluckError as error:
-        logger.debug("%s signs nothing: %s", hop.name, error)
+        async with asyncio.timeout(SIGN_TIMEOUT_S):
+            await hop.recall()
+    except (PotluckError, TimeoutError) as error:
+        logger.debug("%s signs nothing: %s", hop.name, error or "it takes its time")
 
 
 def uncropped(entries: Iterable[Entry]) -> list[Entry]:

@@ -128,17 +128,24 @@ def test_where_nobody_else_is_there_it_is_said_once(
         assert client.swarm.blame.avoided() == {peers.ids[0]}
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["refuses", "hangs"])
 def test_a_last_hop_that_signs_nothing_is_audited_all_the_same(
-    checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, peers: Peers, wanted: Tensor, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
-    def refuses(kept: list[Entry]) -> list[Entry]:
+    recalled: list[int] = []
+
+    async def rest(session: Any) -> Any:
+        recalled.append(1)
+        if hangs:
+            await asyncio.Event().wait()
         raise SessionLost("nothing is kept")
 
     peers.liars[LIAR].lie = lies_from(6)
-    recalls(monkeypatch, peers, LIAR, refuses)
+    monkeypatch.setattr("client.account.SIGN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(peers.hosts[LIAR].house.receipts, "rest", rest)
     with use(peers, checkpoint, speculate="off") as client:
         assert torch.equal(client.answer(), wanted)
-        assert accused(client.swarm.blame) == {peers.ids[LIAR]}
+        assert recalled and accused(client.swarm.blame) == {peers.ids[LIAR]}
 
 
 # ------------------------------------------------------------------------------------------------ who could not decide
