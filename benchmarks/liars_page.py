@@ -31,7 +31,9 @@ A peer may send anything. This page says what a client notices, how, and what it
 Each step is drawn at each hop with the probability `--audit`. For a drawn step the client asks the peer before the
 hop (for the first hop: itself) what it sent, and the hop (for the last hop: itself) what came out. Who recalls
 something else than it signed is convicted by that alone; what the hop does not say that it received proves nothing
-against it. So nothing is known of an audit before it is too late to change anything. Then peers that serve the same
+against it. Who leaves out steps that it has computed, and that the client has not taken back, is given up as if it had
+failed, and the answer is made again with others, if there are any; the last hop is audited whether it answers or not.
+So nothing is known of an audit before it is too late to change anything. Then peers that serve the same
 blocks, of the same number format and quantisation (by their records) where there are such, compute it again
 (`client/shadow.py`): an ordinary session, kept as long as the answer lasts, so that the next audit brings only what is
 new.
@@ -43,9 +45,12 @@ audited hop costs the client's line three times what a step of the answer costs 
 output, its input again), and other peers one more computation, many tokens at once.
 
 Two that differ are no proof: a **third** peer computes the same. Whoever it agrees with is honest; where it agrees
-with neither or with both, or where there is none, both are avoided if others serve the blocks, and otherwise it is
-said that the answer is doubtful. A liar is avoided for an hour, by this client alone: nothing is told to others, who
-could not check it.
+with neither or with both, or where it fails or there is none, both are avoided for a while, as peers that failed
+(`avoid_s`), if others serve the blocks, and otherwise it is said that the answer is doubtful. Nobody is called a liar
+then: one of them is honest, perhaps, and the liar comes back with it. A liar is avoided for an hour, by this client
+alone: nothing is told to others, who could not check it. Of an auditor of several peers that is outvoted, all are
+avoided for a while only, since one lie is enough. Where its peers are of several kinds, the widest of their bounds
+holds.
 
 A client that has blocks itself (`--audit-blocks 0:4`, or `all`) computes again what hops within these did, with no
 other peer: also where nobody else serves them, and nobody can lie alike. Who differs from it is convicted by that.
@@ -69,7 +74,7 @@ a pass until its audits are through, for `audit_wait_s` at most.
 
 Not audited, and counted (`AuditStats.unaudited`): what nobody else serves; what a peer keeps no longer (journals have
 a budget), or was told by a peer that was replaced since; what was not through when the session ended. A peer that says
-that it kept nothing is not avoided for it, though a liar may say so.
+that it keeps steps no longer is not avoided for it, though a liar may say so, each time.
 **Not noticed**: peers that lie alike (the last column has one auditor in ten do so); what is within both bounds below,
 which are those of the kind of peer that the liar says it is: weights of 8 bits that are said to have 16, for one; what
 is beyond the second one alone in fewer than {least} tokens, or in less than half of them; with experts, what is beyond

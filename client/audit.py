@@ -11,13 +11,14 @@ compared that were not before. Nothing tells a peer that it will be audited befo
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from client.account import Account, Recanted, Unaudited, recalled
+from client.account import Account, Partial, Recanted, Unaudited, recalled
 from client.blame import Blame
 from client.chain import Link
 from client.comparison import Mismatch, compare
@@ -117,6 +118,7 @@ class Auditor:
         self._starts: list[int] = []  # position of each step
         self._moves = Moves()
         self._cases: dict[Hop, _Case] = {}
+        self._silent: set[Hop] = set()  # that recall only a part, in whose place there is nobody
 
     def note(self, entry: Entry, result: StepResult) -> None:
         """A step is through: keeps what its hops say of it, and draws which of them are audited."""
@@ -198,6 +200,8 @@ class Auditor:
             try:
                 await self._compare(case, case.shadow, step_id)
                 return
+            except Partial:
+                raise
             except (Unaudited, SessionLost) as why:
                 logger.debug("the shadow of %s begins anew: %s", case.hop.name, why)
                 case.drop_shadow()
@@ -213,7 +217,7 @@ class Auditor:
         if account is None:
             return
         recomputed = await shadow.run(account.inputs, self._moves, self._config.step_timeout_s)
-        within = self._within(case.hop, kind_of(case.hop.link.peer), shadow)
+        within = self._within(case.hop, [kind_of(case.hop.link.peer)], shadow)
         tokens, mismatch = await asyncio.to_thread(
             compare,
             account.inputs,
@@ -237,21 +241,33 @@ class Auditor:
 
         Raises:
             Unaudited: that is not known.
+            Partial: a peer tells only a part; it is given up, too.
             PotluckError: a peer does not tell.
         """
         account = await recalled(hop, self._chain.hops, self._inputs, self._results, first_step, step_id)
+        has_left = not {hop, account.before or hop} <= set(self._chain.hops)
+        if has_left:  # perhaps with a pass that was cancelled, whose steps, and crops, never were
+            account = replace(account, memories=(), wanted=())
         try:
             account.check()
+        except Partial as part:
+            self._give_up(part.hop, self._starts[part.step_id])
+            raise
         except Recanted as liar:
             self._convict(liar.hop, self._starts[liar.step_id], liar.why)
             return None
+        if has_left:
+            raise Unaudited("the hop has left the chain")
         return account
 
-    def _within(self, hop: Hop, kind: Kind, *shadows: Recomputation) -> Tolerance:
-        """How far the results of the first of these shadows may be from those of this kind of peer, which may be the
-        second one's."""
+    def _within(self, hop: Hop, kinds: Iterable[Kind], *shadows: Recomputation) -> Tolerance:
+        """How far the results of the first of these shadows may be from those of peers of these kinds, which may be the
+        second one's: as far as any of the one may be from any of the other. That a shadow is coarse as a whole does not
+        make it like another coarse peer."""
         crossings = 1 + sum(shadow.n_hops - 1 for shadow in shadows)
-        return Tolerance.between(shadows[0].kind, kind, self._spec.codec, len(hop.link.span), crossings)
+        pairs = itertools.product(shadows[0].kinds, kinds)
+        found = [Tolerance.between(*pair, self._spec.codec, len(hop.link.span), crossings) for pair in pairs]
+        return Tolerance(max(each.token for each in found), max(each.typical for each in found))
 
     def _own_shadow(self, link: Link) -> OwnShadow | None:
         """This client as the shadow of a hop, if it has its blocks, and compares them as closely as others would."""
@@ -271,17 +287,20 @@ class Auditor:
             self._convict(hop, mismatch.position, "did not compute what this client did")
             return
         third = await self._third(hop, shadow, mismatch)
+        if third is None:
+            case.drop_shadow()
+            return
         culprit = judge(mismatch.apart, *third)
         logger.info("%s and %s differ by %.2g: %s", hop.name, shadow.name, mismatch.apart.apart, culprit)
         parties = {hop.link.peer.peer_id} | shadow.peer_ids
         if culprit == "audited":
             self._convict(hop, mismatch.position, "did not compute what two others did")
         elif culprit == "auditor":
-            self._accuse(shadow.peer_ids)
+            self._avoid(shadow.peer_ids, lied=len(shadow.peer_ids) == 1)
             self._tell(f"{shadow.name} did not compute what two others did, and is avoided")
             case.drop_shadow()
         elif self._replicas.of(hop.link, parties) is not None:
-            self._accuse(parties)
+            self._avoid(parties, lied=False)
             self._begin_anew(hop, mismatch.position, f"and {shadow.name} do not agree")
         else:
             case.is_undecided = True
@@ -293,18 +312,21 @@ class Auditor:
 
     async def _third(
         self, hop: Hop, shadow: Recomputation, mismatch: Mismatch
-    ) -> tuple[Distance | None, Distance | None]:
-        """How far a third peer is from the audited one and from its auditor."""
+    ) -> tuple[Distance | None, Distance | None] | None:
+        """How far a third peer is from the audited one and from its auditor. None: somebody was given up on the way,
+        and what was compared is not what entered the hop."""
         third: Shadow | None = None
         try:
             third = await self._replicas.shadow(hop.link, {hop.link.peer.peer_id} | shadow.peer_ids)
             account = await self._account(hop, 0, mismatch.step_id)
             if account is None:
-                return None, None
+                return None
             tensors = await third.run(account.inputs, self._moves, self._config.step_timeout_s)
-            to_hop = self._within(hop, kind_of(hop.link.peer), third)
-            to_shadow = self._within(hop, shadow.kind, third, shadow)
+            to_hop = self._within(hop, [kind_of(hop.link.peer)], third)
+            to_shadow = self._within(hop, shadow.kinds, third, shadow)
             return mismatch.from_third(account.inputs, tensors, to_hop, to_shadow)
+        except Partial:
+            return None
         except (Unaudited, PotluckError) as error:
             logger.debug("there is no third peer to decide: %s", error)
             return None, None
@@ -313,13 +335,27 @@ class Auditor:
                 third.dismiss()
 
     def _convict(self, hop: Hop, position: int, why: str) -> None:
-        self._accuse({hop.link.peer.peer_id})
+        self._avoid({hop.link.peer.peer_id}, lied=True)
         self._begin_anew(hop, position, why)
 
-    def _accuse(self, peer_ids: Collection[str]) -> None:
+    def _give_up(self, hop: Hop, position: int) -> None:
+        """It recalls only a part from this position on, as a liar would; but nobody has seen it lie."""
+        peer_id, why = hop.link.peer.peer_id, "recalls only a part of what it sent"
+        self._blame.add(peer_id)
+        if self._replicas.of(hop.link, {peer_id}) is not None:
+            self._begin_anew(hop, position, why)
+        elif hop not in self._silent:
+            self._silent.add(hop)
+            self._tell(f"{hop.name} {why}, and nobody else serves these blocks: what it does cannot be audited")
+
+    def _avoid(self, peer_ids: Collection[str], *, lied: bool) -> None:
+        """For long only who was found to lie: of several, one of which lied, the others are honest."""
         for peer_id in peer_ids:
-            self._blame.accuse(peer_id)
-            self.stats.liars.append(peer_id)
+            if lied:
+                self._blame.accuse(peer_id)
+                self.stats.liars.append(peer_id)
+            else:
+                self._blame.add(peer_id)
 
     def _begin_anew(self, hop: Hop, position: int, why: str) -> None:
         what = f"{hop.name} {why}: what follows token {position} is doubtful"

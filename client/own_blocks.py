@@ -81,8 +81,8 @@ class OwnShadow(Recomputation):
         self._codec = codec(codec_name)
 
     @property
-    def kind(self) -> Kind:
-        return self._blocks.kind
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({self._blocks.kind})
 
     async def _compute(self, entry: Entry, timeout_s: float) -> Tensor:
         return await asyncio.to_thread(self._pass, entry)

@@ -23,7 +23,7 @@ from client.inbox import Inbox
 from client.moves import Moves
 from client.peers import Peers
 from client.spec import SessionSpec
-from client.tolerance import Kind, bound, kind_of
+from client.tolerance import Kind, kind_of
 from protocol.errors import PeerFault, PeerLost, PotluckError, SessionLost, WireError
 from protocol.journal import Entry, Journal
 from protocol.limits import SESSION_ID_BYTES
@@ -56,7 +56,7 @@ class Recomputation(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def kind(self) -> Kind:
+    def kinds(self) -> frozenset[Kind]:
         """What they compute with."""
 
     @property
@@ -130,10 +130,9 @@ class Shadow(Recomputation):
         return frozenset(hop.link.peer.peer_id for hop in self._hops)
 
     @property
-    def kind(self) -> Kind:
-        """What the peer with the coarsest numbers computes with: results are as good as the worst of them."""
-        kinds = [kind_of(hop.link.peer) for hop in self._hops]
-        return max(kinds, key=lambda kind: bound(kind, Kind("float32"), "none"))
+    def kinds(self) -> frozenset[Kind]:
+        """What they compute with."""
+        return frozenset(kind_of(hop.link.peer) for hop in self._hops)
 
     @property
     def name(self) -> str:
@@ -157,10 +156,7 @@ class Shadow(Recomputation):
 
     async def _compute(self, entry: Entry, timeout_s: float) -> Tensor:
         result = await self._step(entry, timeout_s)
-        output = Entry.of(result.step)
-        if output.tokens != entry.tokens:
-            raise PeerFault(f"{self.name} gave {output.tokens} tokens for {entry.tokens}")
-        return await asyncio.to_thread(hidden_of, output)
+        return await asyncio.to_thread(hidden_of, Entry.of(result.step))
 
     async def _step(self, entry: Entry, timeout_s: float) -> StepResult:
         first, last = self._hops[0], self._hops[-1]
@@ -175,9 +171,25 @@ class Shadow(Recomputation):
                         continue  # it will leave, but has not yet
                     if heard.hop is not last or heard.what.step.step_id != entry.step_id:
                         raise PeerLost(f"{heard.hop.name} does not reach the one after it")
+                    self._check(heard.what, entry)
                     return heard.what
         except TimeoutError:
             raise PeerLost(f"{self.name} took more than {timeout_s:g} s for one step") from None
+
+    def _check(self, result: StepResult, entry: Entry) -> None:
+        """Raises PeerFault unless the last peer gave hidden states as large as it was given, encoded as asked."""
+        found = [spec for spec in result.step.tensors if spec.name == HIDDEN]  # before the last block: masks besides
+        given = [part.spec.shape for part in entry.parts if part.spec.name == HIDDEN]
+        wanted = (*given[0][:-2], entry.tokens, given[0][-1]) if given else ()  # a joined step has several parts
+        try:
+            (spec,) = found
+            size = codec(self._spec.codec).nbytes(spec.shape, dtype_of(spec.dtype))
+            is_good = (spec.shape, spec.codec, spec.nbytes, spec.keep) == (wanted, self._spec.codec, size, 0)
+        except (ValueError, WireError):
+            is_good = False
+        if not is_good or result.step.position != entry.position:
+            last = self._hops[-1]
+            raise last.blamed(PeerFault(f"{last.name} gave {[spec.shape for spec in found]} for {wanted}"))
 
     def dismiss(self) -> None:
         """Its peers may forget it."""
