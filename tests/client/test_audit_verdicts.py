@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,35 +27,8 @@ from protocol.errors import PeerFull, SessionLost
 from protocol.journal import Entry, Part
 from protocol.messages import CacheOp, HopTrace
 from protocol.span import Span
-from tests.api.local import _Hosts, _loop
-from tests.client.test_liars import LIAR, SPANS, Peers, use
-from tests.liars import Liar, Lie, honest, lies_from
-from tests.tiny import write_llama
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    write_llama(folder, 6, eos_token_id=None)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def all_peers(checkpoint: Path) -> Iterator[Peers]:
-    with _loop() as loop:
-        opening = _Hosts(checkpoint, SPANS, 0)
-        hosts = asyncio.run_coroutine_threadsafe(opening.open(), loop).result()
-        try:
-            yield Peers(loop, hosts, [Liar(host) for host in hosts])
-        finally:
-            asyncio.run_coroutine_threadsafe(opening.close(), loop).result()
-
-
-@pytest.fixture
-def peers(all_peers: Peers) -> Iterator[Peers]:
-    yield all_peers
-    for liar in all_peers.liars:
-        liar.lie = honest
+from tests.client.test_liars import LIAR, Peers, use
+from tests.liars import Lie, lies_from
 
 
 @pytest.fixture(scope="module")

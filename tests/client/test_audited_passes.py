@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,40 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.api.local import _Hosts, _loop
 from tests.client.test_audited_rows import kept_sessions
-from tests.client.test_liars import LIAR, SPANS, Peers, use
-from tests.liars import Liar, honest, lies_from
+from tests.client.test_liars import LIAR, Peers, use
+from tests.liars import lies_from
 from tests.processes import until
-from tests.tiny import write_llama
 
 IDS = torch.arange(3, 27)[None]
 BATCH = torch.arange(3, 91).reshape(4, 22)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    write_llama(folder, 6, eos_token_id=None)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def all_peers(checkpoint: Path) -> Iterator[Peers]:
-    with _loop() as loop:
-        opening = _Hosts(checkpoint, SPANS, 0)
-        hosts = asyncio.run_coroutine_threadsafe(opening.open(), loop).result()
-        try:
-            yield Peers(loop, hosts, [Liar(host) for host in hosts])
-        finally:
-            asyncio.run_coroutine_threadsafe(opening.close(), loop).result()
-
-
-@pytest.fixture
-def peers(all_peers: Peers) -> Iterator[Peers]:
-    yield all_peers
-    for liar in all_peers.liars:
-        liar.lie = honest
 
 
 def logits(model: Any, ids: Tensor, **more: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +16,8 @@ from client.session import Session
 from protocol.errors import SessionLost
 from protocol.journal import Entry, Part
 from protocol.messages import ATTENTION_MASK, CacheOp, TensorSpec
-from tests.api.local import _Hosts, _loop
-from tests.client.test_liars import LIAR, SPANS, Peers, use
-from tests.liars import Liar, Lie, honest
-from tests.tiny import write_llama
+from tests.client.test_liars import LIAR, Peers, use
+from tests.liars import Lie
 
 PADDED = torch.tensor([[5, 17, 3, 42, 8, 9], [0, 0, 0, 7, 21, 4], [0, 0, 61, 30, 2, 2]])
 QUESTIONS: dict[str, dict[str, Any]] = {
@@ -38,37 +34,12 @@ def answer(model: Any, question: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    write_llama(folder, 6, eos_token_id=None)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def wanted(checkpoint: Path) -> dict[str, Tensor]:
     """What the unsplit model answers."""
     from transformers import LlamaForCausalLM
 
     model = cast(Any, LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)).eval()
     return {question: answer(model, question) for question in QUESTIONS}
-
-
-@pytest.fixture(scope="module")
-def all_peers(checkpoint: Path) -> Iterator[Peers]:
-    with _loop() as loop:
-        opening = _Hosts(checkpoint, SPANS, 0)
-        hosts = asyncio.run_coroutine_threadsafe(opening.open(), loop).result()
-        try:
-            yield Peers(loop, hosts, [Liar(host) for host in hosts])
-        finally:
-            asyncio.run_coroutine_threadsafe(opening.close(), loop).result()
-
-
-@pytest.fixture
-def peers(all_peers: Peers) -> Iterator[Peers]:
-    yield all_peers
-    for liar in all_peers.liars:
-        liar.lie = honest
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])

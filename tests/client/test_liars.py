@@ -23,10 +23,9 @@ from protocol.credentials import ClientKey, Credentials
 from protocol.errors import Doubted, UserError
 from protocol.messages import Step
 from slicing import RemoteCache
-from tests.api.local import Reader, _Hosts, _loop
+from tests.api.local import Reader
 from tests.harness import identity
-from tests.liars import Liar, Lie, honest, lies_from
-from tests.tiny import write_llama
+from tests.liars import Liar, Lie, lies_from
 
 IDS = torch.tensor([[5, 17, 3, 42, 8]])
 NEW_TOKENS = 24
@@ -63,13 +62,6 @@ class Use:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    write_llama(folder, 6, eos_token_id=None)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def wanted(checkpoint: Path) -> Tensor:
     """What the unsplit model answers."""
     from transformers import LlamaForCausalLM
@@ -78,25 +70,6 @@ def wanted(checkpoint: Path) -> Tensor:
     return cast(
         Tensor, model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=NEW_TOKENS, pad_token_id=0)
     )
-
-
-@pytest.fixture(scope="module")
-def all_peers(checkpoint: Path) -> Iterator[Peers]:
-    with _loop() as loop:
-        opening = _Hosts(checkpoint, SPANS, 0)
-        hosts = asyncio.run_coroutine_threadsafe(opening.open(), loop).result()
-        try:
-            yield Peers(loop, hosts, [Liar(host) for host in hosts])
-        finally:
-            asyncio.run_coroutine_threadsafe(opening.close(), loop).result()
-
-
-@pytest.fixture
-def peers(all_peers: Peers) -> Iterator[Peers]:
-    """All of them honest, at first."""
-    yield all_peers
-    for liar in all_peers.liars:
-        liar.lie = honest
 
 
 @contextmanager
