@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from typing import Any
 from urllib.parse import unquote
 
 V4_BLOCK, V6_BLOCK = 24, 48
@@ -62,6 +63,11 @@ def is_loopback(host: str) -> bool:
 def seen_host(connection: str) -> str | None:
     """The IP address from which a call came, as grpc names connections (`ipv4:192.0.2.1:50000`); None: it is none."""
     return None if (end := seen_end(connection)) is None else end[0]
+
+
+def end_of(name: Any) -> tuple[str, int]:
+    """Host and port of a socket's name, which for IPv6 says more."""
+    return str(name[0]), int(name[1])
 
 
 def connection_of(host: str, port: int) -> str:

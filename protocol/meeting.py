@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 from protocol.errors import PeerLost
-from protocol.hosts import block, ip, is_global, is_loopback
+from protocol.hosts import block, end_of, ip, is_global, is_loopback
 from protocol.relay_frames import End, Frame, FrameReader, Kind, met
 
 MEETING_S = 5.0  # to reach the relay, and for the other side to come there
@@ -120,7 +120,7 @@ async def meeting(relay: End, opening: Callable[[End], Frame], *, near: bool) ->
     with _bound((any_host, 0)) as waiting:
         async with asyncio.timeout(MEETING_S):
             await loop.sock_connect(waiting, found[0][4])
-            own = _end_of(waiting)
+            own = end_of(waiting.getsockname())
             await loop.sock_sendall(waiting, opening(own).encode())
             ends = await _told(waiting)
         at = str(found[0][4][0])  # not by what the relay says of anybody
@@ -172,8 +172,3 @@ def _bound(own: End) -> socket.socket:
         made.close()
         raise
     return made
-
-
-def _end_of(bound: socket.socket) -> End:
-    name = bound.getsockname()
-    return str(name[0]), int(name[1])

@@ -9,11 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any
 
 from peer.reach.quota import Quota
 from protocol.errors import PotluckError
-from protocol.hosts import block, connection_of, seen_end
+from protocol.hosts import block, connection_of, end_of, seen_end
 from protocol.meeting import meeting
 from protocol.relay_frames import End, here
 from protocol.splice import Splice
@@ -93,7 +92,7 @@ class Meetings:
         """Serves a connection, if there may be another one."""
         target = self._target()
         try:
-            there = _end(connection.getpeername())
+            there = end_of(connection.getpeername())
         except OSError:  # it has ended
             connection.close()
             return
@@ -119,7 +118,7 @@ class Meetings:
             async with asyncio.timeout(DIAL_OWN_TIMEOUT_S):
                 await loop.create_connection(lambda: splice.first, sock=connection)
                 own, _ = await loop.create_connection(lambda: splice.second, *target)
-            mine = _end(own.get_extra_info("sockname"))
+            mine = end_of(own.get_extra_info("sockname"))
             self._met[mine] = there
             self.came += 1
             logger.info("a client comes without a relay")
@@ -130,7 +129,3 @@ class Meetings:
             splice.abort()
             if mine is not None:
                 del self._met[mine]
-
-
-def _end(name: Any) -> End:
-    return str(name[0]), int(name[1])

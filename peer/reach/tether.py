@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from dht.background import task_group
 from protocol.errors import PeerFull, PeerLost, PotluckError, WireError
+from protocol.hosts import end_of
 from protocol.identity import Identity
 from protocol.relay_frames import End, Frame, FrameReader, Kind, proof
 from protocol.splice import Splice
@@ -122,7 +123,7 @@ class Tether:
                 streams[1].transport.abort()
                 continue
             self.end = end
-            self.peer_host = _end(seen)[0]
+            self.peer_host = end_of(seen)[0]
             return streams
         raise last
 
@@ -187,7 +188,7 @@ class Tether:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 own, _ = await loop.create_connection(lambda: splice.second, *target)
-                self._splices[splice] = _end(own.get_extra_info("sockname"))
+                self._splices[splice] = end_of(own.get_extra_info("sockname"))
                 await loop.create_connection(lambda: _Announced(splice, token), *self.end)
             await ended
         except (OSError, TimeoutError) as error:
@@ -208,10 +209,6 @@ class _Announced(asyncio.Protocol):
         connection = cast("asyncio.Transport", transport)
         connection.write(Frame(Kind.DATA, self._token).encode())
         self._splice.first.adopt(connection, b"")
-
-
-def _end(name: Any) -> End:
-    return str(name[0]), int(name[1])
 
 
 def _seen(welcome: asyncio.Future[str]) -> None:
