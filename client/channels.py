@@ -175,7 +175,7 @@ class Channels:
             channel = await _connected(peer, peer.direct) if peer.direct else None
             if channel is None and meets:
                 try:
-                    bypass = await find_bypass(peer.addresses[len(peer.direct) :], peer.certificate_der)
+                    bypass = await find_bypass(peer.relays, peer.certificate_der)
                 except PeerLost as error:
                     logger.debug("%s: %s", peer.peer_id[-8:], error.message)
                     return

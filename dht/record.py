@@ -124,6 +124,11 @@ class PeerRecord:
         """Those of the addresses that lead to it without a relay."""
         return self.addresses[: len(self.addresses) - self.relayed]
 
+    @property
+    def relays(self) -> tuple[str, ...]:
+        """Those that are relays'."""
+        return self.addresses[len(self.addresses) - self.relayed :]
+
     def key(self, shards: int) -> str:
         """The DHT key that holds this record when its model has `shards` shards."""
         return peer_key(self.fingerprint, shard_of(self.peer_id, shards))

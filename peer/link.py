@@ -138,7 +138,7 @@ class Link:
         self._sought_s = now_s
         async with contextlib.AsyncExitStack() as unused:
             try:
-                bypass = await find_bypass(record.addresses[len(record.direct) :], record.certificate_der)
+                bypass = await find_bypass(record.relays, record.certificate_der)
             except PeerLost as error:
                 logger.debug("%s: %s", self._peer_id[-8:], error.message)
                 return False
